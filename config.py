@@ -1,0 +1,194 @@
+"""Every setting of every script, with its unit and default; each command line is built from this table.
+
+cfg = parse(__doc__, "dataset epochs")      # the flags --dataset and --epochs, and --help
+run(main, DataError)                              # main(), a mistake of the user's said in one line
+"""
+
+import argparse
+import math
+import os
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Setting(NamedTuple):
+    default: Any
+    kind: Any  # bool, a tuple of choices, or a function from the flag's text to its value
+    help: str
+
+
+def number(kind, low, high=math.inf, above=False):
+    """Converter for argparse: text to an int or a float from low to high (above: greater than low)."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > low if above else value >= low) or not value <= high or math.isinf(value):
+            name = "a whole number" if kind is int else "a number"
+            top = "" if math.isinf(high) else f" and at most {high}"
+            raise argparse.ArgumentTypeError(
+                f"must be {name} {'above' if above else 'of at least'} {low}{top}, not {text!r}"
+            )
+        return value
+
+    return convert
+
+
+def count(low=1):
+    return number(int, low)
+
+
+positive = number(float, 0, above=True)
+
+# None as a default means: see the help text.
+SETTINGS = {
+    # data
+    "dataset": Setting("auto", ("auto", "cifar10", "folder", "leaves"), "images; auto: cifar10 if it is on disk or can be downloaded, else leaves"),
+    "data_dir": Setting("data", str, "folder the images are in, or are downloaded or cached to"),
+    "crops_per_image": Setting(64, count(), "random 32x32 crops from each larger training image of a folder"),
+    "limit": Setting(None, count(), "use at most this many images of each split; None: all"),
+    # noise
+    "noise_steps": Setting(10, count(2), "T: noise steps; sigma = t / T with t from 1 to T-1"),
+    # network
+    "model": Setting("unet", ("unet", "plain"), "network; plain: the control without time conditioning"),
+    "t_dim": Setting(256, count(), "width of the time embedding, channels"),
+    # optimization
+    "preset": Setting("default", ("default", "reference"), "defaults of this group; reference: the textbook recipe"),
+    "epochs": Setting(10, count(), "passes over the training images; the learning rate schedule spans them"),
+    "batch_size": Setting(16, count(), "images an optimizer update, over all ranks together"),
+    "lr": Setting(1e-3, positive, "peak learning rate of AdamW"),
+    "beta2": Setting(0.99, number(float, 0, 0.999999), "AdamW's decay rate of the squared gradient; beta1 is 0.9"),
+    "weight_decay": Setting(0.01, number(float, 0), "AdamW's decoupled weight decay"),
+    "warmup_steps": Setting(100, count(0), "updates over which the learning rate rises linearly from 0"),
+    "schedule": Setting("linear", ("linear", "cosine", "constant"), "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"),
+    "flip": Setting(True, bool, "mirror each training image with probability 1/2"),
+    "loader": Setting("tensor", ("tensor", "pil"), "batches from one uint8 tensor, or from a DataLoader over PIL images"),
+    # the run
+    "seed": Setting(0, count(0), "every random number of a run follows from it"),
+    "device": Setting("auto", str, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
+    "precision": Setting("auto", ("auto", "bfloat16", "float32"), "arithmetic of the network; auto: bfloat16 where the hardware has it"),
+    "out_dir": Setting("model", str, "folder for checkpoints, log.csv and figures (in res/)"),
+    "save_model_epochs": Setting(1, count(), "epochs from one checkpoint to the next; the last epoch is always saved"),
+    "sample_every_epochs": Setting(0, count(0), "epochs from one comparison grid to the next; 0: none"),
+    "resume": Setting(None, str, "checkpoint to go on from; auto: the newest of --out-dir; None: start anew"),
+    "overwrite": Setting(False, bool, "delete the checkpoints that --out-dir holds and start anew"),
+    "tensorboard": Setting(False, bool, "send numbers and grids to TensorBoard too, under --out-dir"),
+    # overfit.py and visualize.py
+    "t": Setting(5, count(), "time step of the noise, from 1 to T-1"),
+    "iterations": Setting(1000, count(), "optimizer updates at most"),
+    "target": Setting(1e-5, positive, "loss at which the check has passed"),
+    "weights": Setting(None, str, "checkpoint to use; None: the newest of --out-dir"),
+    "images": Setting(6, count(), "test images in the figure"),
+    "curves": Setting(False, bool, "draw the loss curves of log.csv in --out-dir, not the grid"),
+}  # fmt: skip
+
+# The recipe to compare with: AdamW as in PyTorch's defaults (betas, weight decay), cosine annealing, no tricks.
+PRESETS = {
+    "default": {},
+    "reference": dict(
+        epochs=20,
+        batch_size=8,
+        lr=2e-4,
+        beta2=0.999,
+        weight_decay=0.01,
+        warmup_steps=0,
+        schedule="cosine",
+        flip=False,
+        loader="pil",
+        precision="float32",
+    ),
+}
+
+
+# What torchrun sets for each process, and the world of one that holds without it.
+RANKS = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+
+
+class ConfigError(Exception):
+    """Settings that contradict each other or the machine: the text says which, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} ({self.prog} --help lists every setting)\n")
+
+
+def parse(doc, names, argv=None, **defaults):
+    """The settings `names` ("dataset epochs ...") from the command line, as a Namespace; defaults: this script's own.
+
+    A value is the flag's, else the preset's, else the default. `cfg.given` holds the names of the flags typed. Settings
+    that differ from the defaults are echoed. An unknown flag or a value out of range ends the script with exit code 2.
+    """
+    names = names.split()
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    settings = {
+        name: SETTINGS[name]._replace(**{"default": defaults.get(name, SETTINGS[name].default)}) for name in names
+    }
+    for name, setting in settings.items():
+        options = dict(default=argparse.SUPPRESS, help=f"{setting.help} (default: {setting.default})")
+        if setting.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(setting.kind, tuple):
+            options["choices"] = setting.kind
+        else:
+            options.update(type=setting.kind, metavar=name.split("_")[-1].upper())
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    preset = PRESETS[given.get("preset", "default")] if "preset" in names else {}
+    values = {name: setting.default for name, setting in settings.items()} | preset | given
+    echo({name: value for name, value in values.items() if value != settings[name].default})
+    return argparse.Namespace(**values, given=frozenset(given))
+
+
+def echo(changed):
+    if changed and os.environ.get("RANK", "0") == "0":
+        print("settings:", " ".join(f"{name}={value}" for name, value in changed.items()))
+
+
+def run(main, *mistakes):
+    """main(), with a mistake of the user's told in one line: `error: ...` on stderr and exit code 1, no traceback."""
+    try:
+        main()
+    except (ConfigError, OSError, *mistakes) as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full; use a smaller --batch-size, or --device cpu")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name, local_rank=0):
+    """The torch.device of --device; auto: CUDA (this rank's GPU), then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a device that is not there
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used here ({reason}); use --device auto") from None
+    return device
+
+
+def pick_precision(name, device):
+    """The torch.dtype of --precision; auto: bfloat16 where the hardware multiplies it fast, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # The wider test is torch.backends.mkldnn's, which is also true where bfloat16 is emulated, slowly.
+        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device, precision):
+    """The context in which the network runs; weights, loss and optimizer stay in float32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)

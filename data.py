@@ -1,0 +1,266 @@
+"""Images as one uint8 tensor (N, 3, 32, 32), and batches of them as float32 in [-1, 1].
+
+images, source = load("train", "auto", "data")      # "cifar10", "folder", "leaves" or "auto"
+for x0 in batches(images, 16, seed=0, epoch=0): ...  # (16, 3, 32, 32)
+"""
+
+import functools
+import hashlib
+import http.client
+import io
+import os
+import socket
+import sys
+import tarfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import leaves
+
+SIZE = 32  # pixels, height and width of every image
+HELD_OUT = 10  # of a folder without train/ and test/, one file in so many is a test image
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+# Random numbers are drawn from generator(device, seed, one of these, index), so that no two uses share a stream.
+ORDER, NOISE, HELD_OUT_NOISE, CHOICE, LEAVES = range(5)
+LEAVES_VERSION = 1  # of the images that leaves.py makes; a new number makes a new cache
+
+
+class DataError(Exception):
+    """The images cannot be had: the text says why, names the file, and says what to do."""
+
+
+def load(split, dataset="auto", data_dir="data", crops_per_image=64, limit=None, seed=0):
+    """The images of a split ("train" or "test"), and where they come from.
+
+    dataset: "cifar10", "folder", "leaves", or "auto" (cifar10 if it is on disk or can be downloaded, else leaves).
+    limit: at most so many images, a fixed random choice. seed: of the crops and of the leaves; the scripts leave it
+    at 0, so that runs with other seeds train on the same images.
+    Returns a uint8 tensor (N, 3, 32, 32) and a sentence. Raises DataError.
+    """
+    if dataset == "auto":
+        dataset = "leaves" if cifar10_missing(data_dir) else "cifar10"
+    if dataset == "cifar10":
+        images, source = cifar10(split, data_dir), f"CIFAR-10 in {data_dir}"
+    elif dataset == "folder":
+        images, source = folder(split, data_dir, crops_per_image, seed), f"the image files in {data_dir}"
+    else:
+        images, source = cached_leaves(split, data_dir, seed), "built-in dead leaves"
+    if limit is not None and limit < len(images):
+        images = images[torch.randperm(len(images), generator=generator("cpu", seed, CHOICE, 0))[:limit]]
+    return images, f"{len(images):,} {split} images of {source}"
+
+
+def fingerprint(images):
+    """16 hexadecimal digits that tell whether two runs train on the same images."""
+    return hashlib.sha256(images.numpy().data).hexdigest()[:16]
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------
+
+
+def generator(device, *key):
+    """A torch.Generator that is a pure function of its key, whole numbers."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def scale(images):
+    """uint8 images as float32 in [-1, 1]; on the 0-255 scale a difference is 127.5 times as large."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def batches(images, batch_size, seed, epoch, flip=False, rank=0, world=1, start=0):
+    """One epoch of batches x0, (batch_size / world, 3, 32, 32) float32 in [-1, 1], on the device of `images`.
+
+    The order and the mirror images follow from (seed, epoch) alone. Of each batch, rank r of `world` gets the r-th of
+    `world` equal parts. An incomplete last batch is left out (every epoch shuffles anew). start: batches to skip.
+    """
+    random = generator("cpu", seed, ORDER, epoch)
+    order = torch.randperm(len(images), generator=random).to(images.device)
+    mirrored = (torch.rand(len(images), generator=random) < 0.5).to(images.device)
+    share = batch_size // world
+    for i in range(start, len(images) // batch_size):
+        part = slice(i * batch_size + rank * share, i * batch_size + (rank + 1) * share)
+        x = images[order[part]]
+        if flip:
+            x = torch.where(mirrored[part, None, None, None], x.flip(3), x)
+        yield scale(x)
+
+
+class PILImages(torch.utils.data.Dataset):
+    """The images as a torchvision data set would give them: PIL images through ToTensor and Normalize."""
+
+    def __init__(self, images):
+        self.images = images.permute(0, 2, 3, 1).numpy()
+        self.transform = torchvision.transforms.Compose(
+            [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i]))
+
+
+def pil_batches(images, batch_size, seed, epoch, flip=False, rank=0, world=1, start=0):
+    """The same batches as `batches` (never mirrored), the textbook way: a DataLoader without workers."""
+    order = torch.randperm(len(images), generator=generator("cpu", seed, ORDER, epoch))
+    share = batch_size // world
+    order = order[: len(images) // batch_size * batch_size].view(-1, world, share)[start:, rank].flatten()
+    return torch.utils.data.DataLoader(PILImages(images), batch_size=share, sampler=order.tolist())
+
+
+# ---- CIFAR-10 ---------------------------------------------------------------------------------------------------
+
+
+def cifar10(split, data_dir):
+    """CIFAR-10 (Krizhevsky 2009) as torchvision keeps it, downloaded and checksummed when absent."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        with redirect_stdout(io.StringIO()):
+            images = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True).data
+    except PermissionError as error:
+        raise DataError(
+            f"no permission to use {error.filename}; change its rights or choose another --data-dir"
+        ) from None
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error) as error:
+        raise DataError(
+            f"CIFAR-10 is not whole in {data_dir} and downloading it failed ({describe(error)}); connect to the network "
+            f"and try again, put {torchvision.datasets.CIFAR10.filename} there, or use --dataset leaves or folder"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def describe(error):
+    """What torchvision's exceptions mean, in a few words."""
+    if "corrupted" in str(error):
+        return "the archive does not have CIFAR-10's checksum: truncated or not the original"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@functools.lru_cache
+def cifar10_missing(data_dir):
+    """None if CIFAR-10 can be read from data_dir, else why; says so on stderr, once."""
+    try:
+        cifar10("test", data_dir)
+        return None
+    except DataError as error:
+        print(f"WARNING: using the built-in images instead of CIFAR-10: {error}", file=sys.stderr)
+        return str(error)
+
+
+# ---- a folder of pictures ---------------------------------------------------------------------------------------
+
+
+def folder(split, data_dir, crops_per_image=64, seed=0):
+    """The images below data_dir: data_dir/train and data_dir/test if both are there, else a fixed tenth is held out.
+
+    A larger training image gives crops_per_image random crops, a larger test image its centre crop.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; --data-dir must name a folder of images")
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        root = root / split
+        files = image_files(root)
+    else:
+        files = hold_out(image_files(root))[split == "test"]
+    if not files:
+        raise DataError(f"no {split} images in {root}; put at least two image files there (.png, .jpg, ...)")
+
+    def crops(file):
+        image = read_image(root / file)
+        if min(image.shape[:2]) < SIZE:
+            raise DataError(
+                f"{root / file} is {image.shape[1]}x{image.shape[0]} pixels, smaller than {SIZE}x{SIZE}; remove it"
+            )
+        if image.shape[:2] == (SIZE, SIZE):
+            return image[None]
+        room = np.array(image.shape[:2]) - SIZE
+        random = np.random.default_rng([seed, zlib.crc32(os.fsencode(file))])
+        corners = random.integers(0, room + 1, (crops_per_image, 2)) if split == "train" else [room // 2]
+        return np.stack([image[y : y + SIZE, x : x + SIZE] for y, x in corners])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        progress = tqdm(pool.map(crops, files), f"reading {split} images", len(files), delay=2, leave=False)
+        images = np.concatenate(list(progress))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def image_files(root):
+    """The files below root with an image file's ending, as sorted relative paths. Links are followed, loops are not."""
+    endings = set(Image.registered_extensions())
+    seen, files = set(), []
+
+    def refuse(error):
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}; change its rights or remove it")
+
+    for path, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.realpath(path) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(path))
+        files += [
+            os.path.relpath(os.path.join(path, name), root) for name in names if Path(name).suffix.lower() in endings
+        ]
+    return sorted(files)
+
+
+def hold_out(files):
+    """(train, test): a file is a test image by a hash of its relative path, whatever other files there are."""
+    rank = {file: zlib.crc32(os.fsencode(file)) for file in files}
+    test = {file for file in files if rank[file] % HELD_OUT == 0} or set(sorted(files, key=rank.get)[:1])
+    return [file for file in files if file not in test], sorted(test)
+
+
+def read_image(path):
+    """A picture file as a uint8 array (H, W, 3): upright, 16 bits scaled to 8, transparent parts on white."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known range")
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow raises a dozen kinds for damaged files
+        raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
+
+
+# ---- built-in images --------------------------------------------------------------------------------------------
+
+
+def cached_leaves(split, data_dir, seed=0):
+    """50,000 training or 10,000 test dead leaves, made once (under a minute on two cores) and kept in data_dir."""
+    path = Path(data_dir) / f"leaves-{split}-seed{seed}-v{LEAVES_VERSION}.npy"
+    try:
+        return torch.from_numpy(np.load(path))
+    except (OSError, ValueError, EOFError):  # not there yet, or damaged
+        pass
+    chunks = range(200) if split == "train" else range(200, 240)
+    progress = tqdm(chunks, f"making {split} images", leave=False)
+    images = torch.cat([leaves.dead_leaves(250, generator("cpu", seed, LEAVES, i)) for i in progress])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, images.numpy())
+        temporary.replace(path)
+    except OSError as error:
+        print(f"note: the images are not kept for the next start ({error})", file=sys.stderr)
+    return images

@@ -1,0 +1,118 @@
+"""The networks: UNet predicts the noise in an image from the image and the time step; PlainUNet, its control,
+has the same shape and does not know the time step.
+
+    model = UNet()
+    eps_hat = model(x_t, t)        # x_t (B, 3, H, W), t (B,) -> (B, 3, H, W)
+
+The U-shape is that of Ronneberger et al. 2015 (arXiv 1505.04597), the time conditioning inside residual blocks
+that of DDPM (Ho et al. 2020, arXiv 2006.11239), both reduced to what 32x32 images need: 2,176,515 parameters.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with the time embedding added between them: (B, in, H, W), (B, t_dim) -> (B, out, H, W)."""
+
+    def __init__(self, in_channels, out_channels, t_dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.t_proj = nn.Linear(t_dim, out_channels)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, t_emb):
+        h = F.relu(self.conv1(x))
+        h = h + self.t_proj(t_emb)[:, :, None, None]
+        h = F.relu(self.conv2(h))
+        return h + self.shortcut(x)
+
+
+class UNet(nn.Module):
+    """Time-conditioned U-Net, the noise predictor eps_hat = model(x_t, t).
+
+    widths: channels at full, half and quarter resolution. t_dim: width of the time embedding.
+    """
+
+    def __init__(self, image_channels=3, widths=(64, 128, 256), t_dim=256):
+        super().__init__()
+        w1, w2, w3 = widths
+        self.time_mlp = nn.Sequential(nn.Linear(1, t_dim), nn.ReLU(), nn.Linear(t_dim, t_dim))
+        self.enc1 = ResidualBlock(image_channels, w1, t_dim)
+        self.pool1 = nn.MaxPool2d(2)
+        self.enc2 = ResidualBlock(w1, w2, t_dim)
+        self.pool2 = nn.MaxPool2d(2)
+        self.bottleneck = ResidualBlock(w2, w3, t_dim)
+        self.up1 = nn.ConvTranspose2d(w3, w2, 2, stride=2)
+        self.dec1 = ResidualBlock(w2 + w2, w2, t_dim)
+        self.up2 = nn.ConvTranspose2d(w2, w1, 2, stride=2)
+        self.dec2 = ResidualBlock(w1 + w1, w1, t_dim)
+        self.final = nn.Conv2d(w1, image_channels, 1)
+
+    def forward(self, x, t):
+        """x: noisy images (B, C, H, W), H and W multiples of 4; t: time steps (B,), integer or float.
+
+        Returns the predicted noise, (B, C, H, W). Raises ValueError for any other H or W.
+        """
+        check_size(x)
+        t_emb = self.time_mlp(t.float()[:, None])  # (B, t_dim)
+        e1 = self.enc1(x, t_emb)  # (B, 64, H, W)
+        e2 = self.enc2(self.pool1(e1), t_emb)  # (B, 128, H/2, W/2)
+        h = self.bottleneck(self.pool2(e2), t_emb)  # (B, 256, H/4, W/4)
+        h = self.dec1(torch.cat([self.up1(h), e2], dim=1), t_emb)  # (B, 128, H/2, W/2)
+        h = self.dec2(torch.cat([self.up2(h), e1], dim=1), t_emb)  # (B, 64, H, W)
+        return self.final(h)  # (B, C, H, W)
+
+
+class PlainUNet(nn.Module):
+    """The control: the same shape without time conditioning. forward takes t and ignores it."""
+
+    def __init__(self, image_channels=3, widths=(64, 128, 256)):
+        super().__init__()
+        w1, w2, w3 = widths
+        self.enc1 = conv_block(image_channels, w1)
+        self.pool1 = nn.MaxPool2d(2)
+        self.enc2 = conv_block(w1, w2)
+        self.pool2 = nn.MaxPool2d(2)
+        self.bottleneck = conv_block(w2, w3)
+        self.up1 = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.dec1 = conv_block(w3 + w2, w2)
+        self.up2 = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.dec2 = conv_block(w2 + w1, w1)
+        self.final = nn.Conv2d(w1, image_channels, 1)
+
+    def forward(self, x, t=None):
+        """x: noisy images (B, C, H, W), H and W multiples of 4. Returns the predicted noise, (B, C, H, W)."""
+        check_size(x)
+        e1 = self.enc1(x)  # (B, 64, H, W)
+        e2 = self.enc2(self.pool1(e1))  # (B, 128, H/2, W/2)
+        h = self.bottleneck(self.pool2(e2))  # (B, 256, H/4, W/4)
+        h = self.dec1(torch.cat([self.up1(h), e2], dim=1))  # (B, 128, H/2, W/2)
+        h = self.dec2(torch.cat([self.up2(h), e1], dim=1))  # (B, 64, H, W)
+        return self.final(h)  # (B, C, H, W)
+
+
+def conv_block(in_channels, out_channels):
+    """(3x3 convolution - BatchNorm - ReLU) twice: (B, in, H, W) -> (B, out, H, W)."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
+
+
+def check_size(x):
+    height, width = x.shape[-2:]
+    if height % 4 or width % 4 or not height or not width:
+        raise ValueError(f"image height and width must be multiples of 4, not {height}x{width}")
+
+
+def build(model, t_dim=256, image_channels=3):
+    """The network that --model names: "unet" or "plain" (which has no use for t_dim)."""
+    return UNet(image_channels, t_dim=t_dim) if model == "unet" else PlainUNet(image_channels)

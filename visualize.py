@@ -1,0 +1,134 @@
+"""Draw what a trained network does: comparison grids and loss curves.
+
+    python visualize.py                                    the newest checkpoint of model/ on test images
+    python visualize.py --weights model/unet32_e9.pth      another one
+    python visualize.py --curves                           the loss curves of model/log.csv
+
+Writes model/res/comparison_result_{checkpoint}.png or model/res/curves.png.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import checkpoint
+import config
+import data
+import diffusion
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which colour-blind readers tell apart
+
+
+@torch.no_grad()
+def comparison_grid(model, images, T, path, count=6):
+    """Save a grid: for `count` of the uint8 images, original, noisy, one-step and multi-step estimate at three levels.
+
+    The images and the noise are the same at every call. Each cell bears its PSNR in dB against the original.
+    """
+    was_training = model.training
+    model.eval()
+    random = data.generator("cpu", 0, data.CHOICE, 1)
+    device = next(model.parameters()).device
+    chosen = torch.randperm(len(images), generator=random)[:count]
+    x0 = data.scale(images[chosen.to(images.device)].to(device))
+    eps = torch.randn(x0.shape, generator=random).to(device)
+    rows = [("original", x0, None)]
+    for level in sorted({max(1, T // 5), T // 2, T - 1}):
+        t = torch.full((len(x0),), level, device=device)
+        x_t = diffusion.add_noise(x0, eps, t, T)
+        rows += [
+            (f"t = {level}\nnoisy", x_t, x0),
+            ("1 step", diffusion.denoise(model, x_t, t, T), x0),
+            (f"{level} steps", diffusion.denoise_steps(model, x_t, t, T), x0),
+        ]
+    draw(path, rows)
+    model.train(was_training)
+
+
+def draw(path, rows):
+    """Save a figure of rows (label, images (n, 3, H, W) in [-1, 1], originals or None), with PSNR where there are originals."""
+    columns = len(rows[0][1])
+    figure = Figure((0.7 + 1.15 * columns, 1.32 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (label, images, originals) in zip(axes, rows):
+        row[0].set_ylabel(label, fontsize=11)
+        for i, ax in enumerate(row):
+            show(ax, images[i], None if originals is None else originals[i])
+    save_figure(figure, path)
+
+
+def panels(path, cells):
+    """Save one row of cells (title, image (3, H, W) in [-1, 1], original), each with its PSNR."""
+    figure = Figure((2.4 * len(cells), 2.9), layout="constrained")
+    for ax, (title, image, original) in zip(figure.subplots(1, len(cells)), cells):
+        show(ax, image, original)
+        ax.set_title(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def show(ax, image, original):
+    ax.imshow(((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    if original is not None:
+        psnr = diffusion.psnr(image[None], original[None]).item()
+        ax.set_xlabel("∞ dB" if psnr == math.inf else f"{psnr:.1f} dB", fontsize=10, labelpad=2)
+
+
+def read_figure(path):
+    """A saved figure as uint8 (3, H, W)."""
+    return np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+
+
+def curves(log, path):
+    """Save the training and held-out loss by epoch from the rows of log.csv."""
+    epochs = [int(row["epoch"]) + 1 for row in log]
+    figure = Figure((7, 4), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(epochs, [float(row["train_loss"]) for row in log], "o-", color=BLUE, label="training")
+    ax.plot(epochs, [float(row["test_loss"]) for row in log], "s--", color=ORANGE, label="held out")
+    ax.set(xlabel="epochs", ylabel="loss: mean squared error of the noise", yscale="log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.yaxis.set_minor_formatter("{x:.3g}")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    checkpoint.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def main():
+    cfg = config.parse(__doc__, "weights out_dir dataset data_dir images curves device")
+    res = Path(cfg.out_dir) / "res"
+    if cfg.curves:
+        log = Path(cfg.out_dir) / "log.csv"
+        if not log.is_file():
+            raise config.ConfigError(
+                f"{log} does not exist; run train.py first, or name the run's folder with --out-dir"
+            )
+        with open(log, newline="") as file:
+            rows = list(csv.DictReader(file))
+        path = res / "curves.png"
+        curves(rows, path)
+    else:
+        weights = Path(cfg.weights or checkpoint.newest(cfg.out_dir))
+        model, trained = checkpoint.load_model(weights, config.pick_device(cfg.device))
+        for name in {"dataset", "data_dir"} - cfg.given:
+            setattr(cfg, name, trained[name])
+        images, source = data.load("test", cfg.dataset, cfg.data_dir)
+        print(f"data: {source}; weights: {weights}")
+        path = res / f"comparison_result_{weights.stem}.png"
+        comparison_grid(model, images, trained["noise_steps"], path, cfg.images)
+    print(f"figure saved: {path}")
+
+
+if __name__ == "__main__":
+    config.run(main, data.DataError, checkpoint.CheckpointError)
