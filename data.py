@@ -31,6 +31,7 @@ DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 # Random numbers are drawn from generator(device, seed, one of these, index), so that no two uses share a stream.
 ORDER, NOISE, HELD_OUT_NOISE, CHOICE, LEAVES = range(5)
 LEAVES_VERSION = 1  # of the images that leaves.py makes; a new number makes a new cache
+LEAVES_CHUNKS = {"train": range(200), "test": range(200, 240)}  # of 250 images, each with its own random numbers
 
 
 class DataError(Exception):
@@ -252,8 +253,7 @@ def cached_leaves(split, data_dir, seed=0):
         return torch.from_numpy(np.load(path))
     except (OSError, ValueError, EOFError):  # not there yet, or damaged
         pass
-    chunks = range(200) if split == "train" else range(200, 240)
-    progress = tqdm(chunks, f"making {split} images", leave=False)
+    progress = tqdm(LEAVES_CHUNKS[split], f"making {split} images", leave=False)
     images = torch.cat([leaves.dead_leaves(250, generator("cpu", seed, LEAVES, i)) for i in progress])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -210,9 +210,9 @@ def main():
             f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}; lower --batch-size"
         )
     fingerprint = data.fingerprint(x_train)
-    if saved and saved["data"] != [source, fingerprint]:
+    if saved and saved["data"]["fingerprint"] != fingerprint:
         raise checkpoint.CheckpointError(
-            f"{cfg.resume} was trained on {saved['data'][0]} (fingerprint {saved['data'][1]}), not on {source} ({fingerprint}); "
+            f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these ({source}); "
             "give --dataset and --data-dir as then, or start anew in another --out-dir"
         )
 
@@ -226,7 +226,11 @@ def main():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         log, step = saved["log"], saved["step"]
-        say(f"resumed: {cfg.resume}, {step:,} steps done")
+        say(f"resumed: {cfg.resume}, {saved['epoch'] + 1} of {cfg.epochs} epochs done")
+        if saved["epoch"] + 1 >= cfg.epochs:
+            say("nothing is left to train; give a larger --epochs to go on")
+        elif cfg.epochs != saved["config"]["epochs"]:
+            say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {saved['config']['epochs']}")
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{cfg.model}: {parameters:,} parameters on {world} x {device}, {cfg.precision}; {cfg.epochs} epochs of {cfg.batch_size}-image batches"
@@ -244,7 +248,7 @@ def main():
                 epoch=epoch,
                 step=step,
                 config={name: getattr(cfg, name) for name in SETTINGS.split() if name not in PER_START},
-                data=[source, fingerprint],
+                data=dict(source=source, fingerprint=fingerprint),
                 log=log,
             )
             path = checkpoint.path_of(cfg.out_dir, epoch)

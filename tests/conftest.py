@@ -1,0 +1,37 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder with 16 training and 4 test images of 32x32: smooth random colours."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 4)):
+        (folder / split).mkdir()
+        for i in range(count):
+            small = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            small.resize((32, 32), Image.Resampling.BICUBIC).save(folder / split / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script("train.py", "--epochs", 1): run it as a user does, in an empty folder; returns the finished process."""
+
+    def run(*args, launcher=(), **environment):
+        name, *rest = map(str, args)
+        command = [sys.executable, *launcher, str(ROOT / name), *rest]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=os.environ | environment
+        )
+
+    return run

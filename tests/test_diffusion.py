@@ -1,0 +1,94 @@
+"""Noise and denoising against Gaussian data, for which the optimal denoiser has a closed form.
+
+For x0 ~ N(mu, s^2): E[eps | x_t] = sigma (x_t - mu) / (s^2 + sigma^2), and the probability-flow equation takes x_t to
+mu + (x_t - mu) s / sqrt(s^2 + sigma^2) at sigma = 0.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion
+
+T, MU, S = 10, 0.3, 0.5
+
+
+def optimal_eps(x, t):
+    sigma = (t.double() / T).view(-1, 1, 1, 1)
+    return sigma * (x - MU) / (S**2 + sigma**2)
+
+
+@pytest.fixture
+def noisy():
+    random = torch.Generator().manual_seed(0)
+    x0 = MU + S * torch.randn(900, 3, 4, 4, generator=random, dtype=torch.float64)
+    eps = torch.randn(x0.shape, generator=random, dtype=torch.float64)
+    t = 1 + torch.arange(900) % 9
+    return x0, eps, t, diffusion.add_noise(x0, eps, t, T)
+
+
+def test_noise_is_linear_in_t(noisy):
+    x0, eps, t, x_t = noisy
+    for i in (0, 4, 8):
+        np.testing.assert_allclose(x_t[i].numpy(), x0[i].numpy() + eps[i].numpy() * (i + 1) / 10, rtol=1e-6)
+    assert x_t.max() > 1  # never clipped
+    # On the 0-255 scale the noise of step t has a standard deviation of 127.5 t / T.
+    level = 127.5 * (x_t - x0)[t == 4].std()
+    assert level.item() == pytest.approx(51, rel=0.05)
+
+
+def test_loss_of_the_optimal_denoiser(noisy):
+    x0, eps, t, _ = noisy
+    expected = np.mean([S**2 / (S**2 + (k / T) ** 2) for k in range(1, 10)])  # the posterior variance of eps
+    assert diffusion.noise_loss(optimal_eps, x0, eps.double(), t, T).item() == pytest.approx(expected, rel=0.02)
+    assert diffusion.noise_loss(lambda x, t: torch.zeros_like(x), x0, eps, t, T).item() == pytest.approx(1, rel=0.02)
+
+
+def test_one_step_is_the_posterior_mean(noisy):
+    _, _, t, x_t = noisy
+    sigma = (t / T).view(-1, 1, 1, 1)
+    expected = (S**2 * x_t + sigma**2 * MU) / (S**2 + sigma**2)  # precision-weighted mean of prior and observation
+    torch.testing.assert_close(diffusion.denoise(optimal_eps, x_t, t, T), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_many_steps_solve_the_probability_flow_equation(noisy):
+    _, _, t, x_t = noisy
+    sigma = (t / T).view(-1, 1, 1, 1)
+    exact = MU + (x_t - MU) * S / (S**2 + sigma**2).sqrt()
+    error = {k: (diffusion.denoise_steps(optimal_eps, x_t, t, T, k) - exact).abs().max().item() for k in (50, 100, 200)}
+    assert error[200] < 0.01
+    assert error[100] / error[200] == pytest.approx(2, rel=0.1)  # Euler's method is of first order
+    # The exact solution has the spread of the data; the one-step estimate has less.
+    assert diffusion.denoise_steps(optimal_eps, x_t, t, T, 200).std().item() == pytest.approx(S, rel=0.02)
+    assert diffusion.denoise(optimal_eps, x_t, t, T).std() < 0.9 * S
+
+
+def test_default_steps_walk_the_integer_grid_to_zero():
+    seen = []
+
+    def model(x, t):
+        seen.append(t.tolist())
+        return torch.ones_like(x)
+
+    x = torch.zeros(3, 1, 2, 2)
+    out = diffusion.denoise_steps(model, x, torch.tensor([1, 3, 2]), T)
+    assert seen == [[1, 3, 2], [0, 2, 1], [0, 1, 0]]
+    # The steps of each image sum to its whole sigma.
+    torch.testing.assert_close(out[:, 0, 0, 0], -torch.tensor([0.1, 0.3, 0.2]))
+
+
+def test_one_of_one_step_is_denoise(noisy):
+    _, _, t, x_t = noisy
+    one = diffusion.denoise_steps(optimal_eps, x_t, t, T, 1)
+    torch.testing.assert_close(one, diffusion.denoise(optimal_eps, x_t, t, T), rtol=1e-6, atol=1e-6)
+
+
+def test_psnr_is_that_of_8_bit_images():
+    a = torch.zeros(2, 3, 4, 4)
+    b = a.clone()
+    b[0] += 10 / 127.5  # ten grey levels
+    b[1, 0, 0, 0] = 5  # clipped to 1: 127.5 grey levels in one of 48 values
+    expected = [20 * math.log10(255 / 10), 10 * math.log10(255**2 / (127.5**2 / 48))]
+    np.testing.assert_allclose(diffusion.psnr(a, b).numpy(), expected, rtol=1e-5)
