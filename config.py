@@ -138,7 +138,7 @@ def parse(doc, names, argv=None, **defaults):
             options.update(type=setting.kind, metavar=name.split("_")[-1].upper())
         parser.add_argument("--" + name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    preset = PRESETS[given.get("preset", "default")] if "preset" in names else {}
+    preset = {name: value for name, value in PRESETS[given.get("preset", "default")].items() if name in names}
     values = {name: setting.default for name, setting in settings.items()} | preset | given
     echo({name: value for name, value in values.items() if value != settings[name].default})
     return argparse.Namespace(**values, given=frozenset(given))

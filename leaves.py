@@ -19,18 +19,18 @@ POWER = 2.2  # density of the radius r ~ r^-POWER
 ELONGATION = 0.5  # at most: log of the ratio of a leaf's longer half-axis to its radius
 BOXES = 0.3  # share of rectangles; the others are ellipses
 WAVINESS = 0.3  # of the outlines, at most, in radii
-EDGE = (0.7, 1.0)  # pixels, width of the soft edges, one for each image
-BLUR = (1.3, 1.3)  # pixels, of the textures, one for each image
+EDGE = (0.8, 1.0)  # pixels, width of the soft edges, one for each image
+BLUR = 1.5  # pixels, of the textures
 TEXTURE = 0.25  # strength at most, in units of the full range 0 ... 1, as all that follows
 TEXTURE_SLOPE = (1.0, 2.0)  # amplitude of a texture ~ frequency^-slope
 SHADING = 0.5  # linear change of brightness across the image, relative to CONTRAST
 CONTRAST = 0.22  # standard deviation of the brightness of the leaves of an image ...
 CONTRAST_SPREAD = 0.5  # ... which is log-normal over images, with this standard deviation of the log
-SATURATION_SPREAD = 0.6  # the same for the two axes of colour
+SATURATION_SPREAD = 0.5  # the same for the two axes of colour
 MEAN = (0.494, 0.485, 0.450)  # red, green, blue
 # Standard deviations along (brightness, red - blue, green - magenta) between images, and between the leaves of one.
-BETWEEN_IMAGES = (0.10, 0.05, 0.02)
-BETWEEN_LEAVES = (CONTRAST, 0.075, 0.045)
+BETWEEN_IMAGES = (0.02, 0.045, 0.018)
+BETWEEN_LEAVES = (CONTRAST, 0.05, 0.028)
 COLOUR_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (0.5, -1.0, 0.5))
 
 
@@ -91,7 +91,7 @@ def texture_fields(count, uniform, normal):
     frequency = torch.hypot(torch.fft.fftfreq(SIZE)[:, None], torch.fft.rfftfreq(SIZE))
     frequency[0, 0] = 1  # the mean, taken out below
     spectrum = torch.fft.rfft2(normal(count, SIZE, SIZE))
-    spectrum *= frequency ** -uniform(*TEXTURE_SLOPE, 1, 1, 1) * torch.exp(-((uniform(*BLUR, 1, 1, 1) * frequency) ** 2))
+    spectrum *= frequency ** -uniform(*TEXTURE_SLOPE, 1, 1, 1) * torch.exp(-((BLUR * frequency) ** 2))
     spectrum[..., 0, 0] = 0
     field = torch.fft.irfft2(spectrum, s=(SIZE, SIZE))
     return field / field.std(dim=(2, 3), keepdim=True)

@@ -38,7 +38,7 @@ def overfit(model, x0, eps, t, T, iterations, target, lr):
 
 
 def main():
-    cfg = config.parse(__doc__, SETTINGS, lr=2e-3)
+    cfg = config.parse(__doc__, SETTINGS)
     if cfg.t >= cfg.noise_steps:
         raise config.ConfigError(f"--t {cfg.t} is outside 1 ... {cfg.noise_steps - 1}; lower it or raise --noise-steps")
     device = config.pick_device(cfg.device)

@@ -66,6 +66,8 @@ def held_out_loss(model, images, T, precision, rank=0, world=1, batch_size=250):
     device = images.device
     total = torch.zeros((), device=device)
     model.eval()
+    for buffer in model.buffers() if world > 1 else ():  # each rank has BatchNorm statistics of its own share
+        dist.broadcast(buffer, 0)
     for i in range(rank * batch_size, len(images), world * batch_size):
         x0 = data.scale(images[i : i + batch_size])
         t = 1 + torch.arange(i, i + len(x0), device=device) % (T - 1)
@@ -195,6 +197,11 @@ def main():
         )
     if cfg.loader == "pil" and cfg.flip:
         raise config.ConfigError("--loader pil does not mirror images; add --no-flip")
+    if device.type == "cuda":  # the same bits in every run, as on the CPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -216,6 +223,7 @@ def main():
             "give --dataset and --data-dir as then, or start anew in another --out-dir"
         )
 
+    x_train, x_test = x_train.to("cpu" if cfg.loader == "pil" else device), x_test.to(device)
     torch.manual_seed(cfg.seed)
     model = unet.build(cfg.model, cfg.t_dim).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(

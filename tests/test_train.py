@@ -1,0 +1,265 @@
+"""Training: the schedule and the textbook recipe against PyTorch's own, exact resume, what is refused, several ranks."""
+
+import argparse
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import checkpoint
+import config
+import data
+import diffusion
+import train
+import unet
+
+
+@pytest.fixture
+def run(pictures, tmp_path, monkeypatch):
+    """run("--epochs", 2): train.main() on the pictures, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        where = () if "--resume" in args or "--dataset" in args else ("--dataset", "folder", "--data-dir", pictures)
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, (*where, *args))])
+        train.main()
+
+    return run
+
+
+SMALL = ("--t-dim", 8, "--batch-size", 4, "--warmup-steps", 0, "--device", "cpu")
+
+
+def states_equal(a, b):
+    """Whether two checkpoints hold the same bits, times of day aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(
+            states_equal(a[k], b[k]) for k in a if k not in ("seconds", "images_per_second")
+        )
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---- the recipe -------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_are_those_of_pytorch():
+    steps_per_epoch, epochs = 5, 4
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    schedulers = {
+        "linear": (torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps_per_epoch * epochs), 1),
+        "cosine": (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs), steps_per_epoch),
+        "constant": (torch.optim.lr_scheduler.ConstantLR(optimizer, 1), 1),
+    }
+    for name, (scheduler, period) in schedulers.items():
+        optimizer.param_groups[0]["lr"] = 0.1
+        cfg = argparse.Namespace(lr=0.1, epochs=epochs, warmup_steps=0, schedule=name)
+        for step in range(steps_per_epoch * epochs):
+            expected = optimizer.param_groups[0]["lr"]
+            assert train.lr_at(step, cfg, steps_per_epoch) == pytest.approx(expected, rel=1e-6), (name, step)
+            optimizer.step()
+            if (step + 1) % period == 0:
+                scheduler.step()
+    cfg = argparse.Namespace(lr=0.1, epochs=10, warmup_steps=10, schedule="constant")
+    assert [train.lr_at(step, cfg, 5) for step in (0, 4, 9, 30)] == pytest.approx([0.01, 0.05, 0.1, 0.1])
+
+
+def test_reference_preset_is_the_textbook_loop(run, pictures):
+    """Weights after `--preset reference` against a loop written out with PyTorch's and torchvision's own parts."""
+    run("--preset", "reference", "--epochs", 2, "--t-dim", 8)
+    transform = torchvision.transforms.Compose(
+        [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
+    )
+    files = sorted((pictures / "train").iterdir(), key=lambda path: path.name)
+    images = torch.stack([transform(Image.open(file)) for file in files])
+    torch.manual_seed(0)
+    model = unet.UNet(t_dim=8)
+    initial = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)
+    step = 0
+    for epoch in range(2):
+        order = torch.randperm(16, generator=data.generator("cpu", 0, data.ORDER, epoch))
+        for batch in torch.utils.data.DataLoader(images, batch_size=8, sampler=order):
+            t, eps = train.draw_noise(batch.shape, 10, torch.device("cpu"), 0, step)
+            loss = torch.nn.functional.mse_loss(model(batch + eps * (t / 10).view(-1, 1, 1, 1), t), eps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+        scheduler.step()
+    trained = checkpoint.load("model/unet32_e1.pth")
+    assert trained["step"] == step
+    for name, parameter in model.state_dict().items():
+        # Relative to the way it went: Adam turns the rounding of a vanishing gradient into a step of visible size.
+        difference = (trained["model"][name] - parameter).norm() / (parameter - initial[name]).norm()
+        assert difference < 0.02, name
+
+
+def test_noise_of_a_step():
+    t, eps = train.draw_noise((3600, 1, 4, 4), 10, "cpu", 0, 7)
+    counts = torch.bincount(t, minlength=10)
+    assert counts[0] == 0 and len(counts) == 10 and (counts[1:] - 400).abs().max() < 100
+    assert eps.mean().abs() < 0.02 and (eps.std() - 1).abs() < 0.02
+    assert torch.equal(eps, train.draw_noise((3600, 1, 4, 4), 10, "cpu", 0, 7)[1])
+    assert not torch.equal(eps, train.draw_noise((3600, 1, 4, 4), 10, "cpu", 0, 8)[1])
+
+
+def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
+    images = torch.zeros(900, 3, 32, 32, dtype=torch.uint8)  # x0 = -1: eps can be read off x_t
+
+    class Half(torch.nn.Module):
+        def forward(self, x, t):
+            seen.append(t)
+            return 0.5 * (x + 1) / (t / 10).view(-1, 1, 1, 1)
+
+    seen = []
+    loss = train.held_out_loss(Half(), images, 10, torch.float32)
+    assert loss == pytest.approx(0.25, rel=0.01)  # half of each eps is missing
+    assert torch.bincount(torch.cat(seen)).tolist() == [0] + [100] * 9
+    assert loss == train.held_out_loss(Half(), images, 10, torch.float32)
+
+
+# ---- what a run leaves ------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_checkpoints_log_and_grids(run, capsys):
+    run("--epochs", 3, "--save-model-epochs", 2, "--sample-every-epochs", 3, *SMALL)
+    names = sorted(path.name for path in checkpoint.in_folder("model"))
+    assert names == ["unet32_e1.pth", "unet32_e2.pth"]  # after two epochs, and at the end
+    with open("model/log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == train.LOG_COLUMNS
+    assert [(row["epoch"], row["step"]) for row in rows] == [("0", "4"), ("1", "8"), ("2", "12")]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert Image.open("model/res/comparison_result_unet32_e2.png").width > 300
+    output = capsys.readouterr()
+    assert output.out.count("model saved: model/unet32_e") == 2
+    assert "Epoch 3/3" in output.err and "images/s" in output.out
+
+    state = torch.load("model/unet32_e2.pth", weights_only=True)
+    assert (state["epoch"], state["step"]) == (2, 12)
+    assert state["config"]["batch_size"] == 4 and state["config"]["noise_steps"] == 10
+    unet.UNet(t_dim=8).load_state_dict(state["model"], strict=True)
+    x, t = torch.zeros(4, 3, 32, 32), torch.tensor([1, 5, 9, 9])
+    model, _ = checkpoint.load_model("model/unet32_e2.pth", torch.device("cpu"))
+    assert diffusion.noise_loss(model, x, torch.randn_like(x), t, 10) < 2
+
+
+@pytest.mark.parametrize("model", ["unet", "plain"])
+def test_a_resumed_run_is_the_same_run(run, model):
+    run("--epochs", 3, "--model", model, *SMALL)
+    shutil.copytree("model", "straight")
+    for later in ("unet32_e1.pth", "unet32_e2.pth", "log.csv"):
+        (Path("model") / later).unlink()
+    run("--resume", "auto", "--device", "cpu")
+    for name in ("unet32_e1.pth", "unet32_e2.pth"):
+        assert states_equal(checkpoint.load(f"straight/{name}"), checkpoint.load(f"model/{name}"))
+    # Resumed in another folder, the run is the same too, and the first folder is left alone.
+    run("--resume", "straight/unet32_e0.pth", "--out-dir", "elsewhere", "--device", "cpu")
+    assert states_equal(checkpoint.load("straight/unet32_e2.pth"), checkpoint.load("elsewhere/unet32_e2.pth"))
+    assert len(Path("elsewhere/log.csv").read_text().splitlines()) == 4
+
+
+def test_a_finished_run_can_be_prolonged(run, capsys):
+    run("--epochs", 1, *SMALL)
+    run("--resume", "auto", "--device", "cpu")
+    assert "nothing is left to train" in capsys.readouterr().out
+    run("--resume", "auto", "--epochs", 2, "--device", "cpu")
+    assert "now spans 2 epochs, not 1" in capsys.readouterr().out
+    assert checkpoint.load("model/unet32_e1.pth")["step"] == 8
+
+
+def test_another_run_is_never_overwritten(run):
+    run("--epochs", 2, *SMALL)
+    before = {path.name: path.read_bytes() for path in checkpoint.in_folder("model")}
+    for args in (("--epochs", 1), ("--resume", "model/unet32_e0.pth")):
+        with pytest.raises(checkpoint.CheckpointError, match=r"model already holds unet32_e1.pth.*--overwrite"):
+            run(*args)
+    assert {path.name: path.read_bytes() for path in checkpoint.in_folder("model")} == before
+    run("--epochs", 1, "--overwrite", "--seed", 1, *SMALL)
+    assert [path.name for path in checkpoint.in_folder("model")] == ["unet32_e0.pth"]
+    assert len(Path("model/log.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "flag, value, was",
+    [
+        ("--seed", 1, 0),
+        ("--batch-size", 8, 4),
+        ("--noise-steps", 20, 10),
+        ("--model", "plain", "unet"),
+        ("--lr", 0.5, 0.001),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(run, flag, value, was):
+    run("--epochs", 1, *SMALL)
+    with pytest.raises(checkpoint.CheckpointError, match=f"was trained with {flag} {was}, not {value}"):
+        run("--resume", "auto", "--epochs", 2, flag, value)
+
+
+def test_a_checkpoint_of_other_images_is_refused(run, pictures, tmp_path):
+    run("--epochs", 1, *SMALL)
+    shutil.copytree(pictures, tmp_path / "others")
+    run("--resume", "auto", "--data-dir", tmp_path / "others", "--epochs", 2)  # moved, but the same
+    Image.new("RGB", (32, 32)).save(tmp_path / "others" / "train" / "0.png")
+    with pytest.raises(checkpoint.CheckpointError, match="was trained on other images"):
+        run("--resume", "auto", "--data-dir", tmp_path / "others", "--epochs", 3)
+
+
+def test_what_cannot_be_resumed_is_said(run, tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint \(unet32_e\*.pth\) in model"):
+        run("--resume", "auto")
+    with pytest.raises(checkpoint.CheckpointError, match=r"nowhere.pth does not exist"):
+        run("--resume", "nowhere.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(checkpoint.CheckpointError, match=r"junk.pth is damaged or not a checkpoint"):
+        run("--resume", "junk.pth")
+    torch.save({"weights": torch.zeros(1)}, "other.pth")
+    with pytest.raises(checkpoint.CheckpointError, match=r"other.pth is not a checkpoint of this project"):
+        run("--resume", "other.pth")
+
+
+def test_settings_that_cannot_be_are_refused(run):
+    with pytest.raises(config.ConfigError, match="16 training images do not fill a batch of 32"):
+        run("--batch-size", 32)
+    with pytest.raises(config.ConfigError, match="--loader pil does not mirror"):
+        run("--loader", "pil")
+    with pytest.raises(config.ConfigError, match=r"--device \S+ cannot be used here"):
+        run("--device", "cuda:99")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) by step 4 .* lower --lr"):
+        run("--lr", 1e9, "--epochs", 2, *SMALL, "--precision", "float32")
+    assert not checkpoint.in_folder("model")
+
+
+# ---- several ranks ----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one(run, script, pictures):
+    """torchrun with two CPU processes: gradients of the first step to 1e-5, losses of 50 steps to 1e-3."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577")
+    for name, epochs in (("first", 1), ("fifty", 50)):
+        args = ("--dataset", "folder", "--data-dir", pictures, "--limit", 8, "--batch-size", 8, "--epochs", epochs)
+        args += ("--save-model-epochs", 50, "--precision", "float32", "--device", "cpu")
+        run(*args, "--out-dir", f"{name}1")
+        process = script("train.py", *args, "--out-dir", f"{name}2", launcher=launcher, OMP_NUM_THREADS="1")
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("model saved:") == 1  # by rank 0 alone
+    one, two = (checkpoint.load(f"first{n}/unet32_e0.pth")["optimizer"]["state"] for n in (1, 2))
+    for i in one:  # after one step exp_avg is 0.1 times the gradient
+        difference = (one[i]["exp_avg"] - two[i]["exp_avg"]).norm() / one[i]["exp_avg"].norm()
+        assert difference < 1e-5
+    one, two = (checkpoint.load(f"fifty{n}/unet32_e49.pth")["log"] for n in (1, 2))  # an epoch is one step here
+    for a, b in zip(one, two, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
+        assert b["test_loss"] == pytest.approx(a["test_loss"], rel=1e-3)
+    assert one[-1]["train_loss"] < 0.9 * one[0]["train_loss"]
