@@ -5,6 +5,7 @@ state = load(path)                    # model, optimizer, epoch, step, config, .
 model, config = load_model(path, device)
 """
 
+import io
 import os
 import re
 from pathlib import Path
@@ -46,7 +47,9 @@ def newest(folder):
 
 def save(path, state):
     """Write a dict of tensors and plain values so that `path` is, at any moment, absent, the old file or the new one."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # so that a full disk is an OSError, not an error of PyTorch's own writer
+    torch.save(state, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def write_atomically(path, write):
@@ -64,22 +67,22 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def load(path, device="cpu"):
-    """The dict that `save` wrote. Raises CheckpointError if the file is absent, damaged or of another kind."""
+def load(path, device="cpu", needs=()):
+    """The dict that `save` wrote. Raises CheckpointError if the file is absent, damaged, foreign, or lacks `needs`."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist; --resume auto or train.py's last line names the newest checkpoint"
-        ) from None
+        raise CheckpointError(f"{path} does not exist; train.py names every checkpoint that it saves") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     except Exception:  # a dozen kinds, by where the damage lies
         raise CheckpointError(f"{path} is damaged or not a checkpoint; use another one") from None
-    if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this project (no model and config in it); use another one"
-        )
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or not {"model", "t_dim", "noise_steps", "dataset", "data_dir"} <= config.keys():
+        raise CheckpointError(f"{path} is not a checkpoint of this project; use another one")
+    missing = {"model", *needs} - state.keys()
+    if missing:
+        raise CheckpointError(f"{path} lacks what is needed here ({', '.join(sorted(missing))}); use another one")
     return state
 
 

@@ -39,7 +39,7 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def count(low=1):
-    return number(int, low)
+    return number(int, low, 2**31 - 1)
 
 
 positive = number(float, 0, above=True)
@@ -117,17 +117,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists every setting)\n")
 
 
-def parse(doc, names, argv=None, **defaults):
-    """The settings `names` ("dataset epochs ...") from the command line, as a Namespace; defaults: this script's own.
+def parse(doc, names, argv=None):
+    """The settings `names` ("dataset epochs ...") from the command line, as a Namespace.
 
     A value is the flag's, else the preset's, else the default. `cfg.given` holds the names of the flags typed. Settings
     that differ from the defaults are echoed. An unknown flag or a value out of range ends the script with exit code 2.
     """
     names = names.split()
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    settings = {
-        name: SETTINGS[name]._replace(**{"default": defaults.get(name, SETTINGS[name].default)}) for name in names
-    }
+    settings = {name: SETTINGS[name] for name in names}
     for name, setting in settings.items():
         options = dict(default=argparse.SUPPRESS, help=f"{setting.help} (default: {setting.default})")
         if setting.kind is bool:
@@ -162,18 +160,28 @@ def run(main, *mistakes):
         sys.exit(130)
 
 
-def pick_device(name, local_rank=0):
-    """The torch.device of --device; auto: CUDA (this rank's GPU), then Apple's MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
+def pick_device(name, local_rank=0, world=1):
+    """The torch.device of --device; auto: CUDA (this process's own GPU), then Apple's MPS, then the CPU.
+
+    Raises ConfigError if a device that was named cannot be used; auto then falls back to the CPU and says so.
+    """
+    auto = name == "auto"
+    if auto:
+        mps = torch.backends.mps.is_available() and world == 1  # several processes cannot share Apple's GPU
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name != "cpu" and not name.startswith("cuda") and world > 1:
+        raise ConfigError(f"--device {name} cannot be used by several processes; use --device cuda or cpu")
+    if name.startswith("cuda") and (name == "cuda" or world > 1):
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(2, device=device).sum().item()  # a kernel must run: an old GPU can lack it
     except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a device that is not there
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name} cannot be used here ({reason}); use --device auto") from None
+        if not auto or world > 1:
+            raise ConfigError(f"--device {name} cannot be used ({reason}); use another, or fewer processes") from None
+        print(f"WARNING: {name} cannot be used ({reason}); using the CPU", file=sys.stderr)
+        device = torch.device("cpu")
     return device
 
 
@@ -191,4 +199,5 @@ def pick_precision(name, device):
 
 def autocast(device, precision):
     """The context in which the network runs; weights, loss and optimizer stay in float32."""
+    torch.backends.cudnn.allow_tf32 = precision != torch.float32  # float32 means float32, on CUDA too
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)

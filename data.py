@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import tarfile
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -26,11 +27,13 @@ from tqdm import tqdm
 import leaves
 
 SIZE = 32  # pixels, height and width of every image
+IMAGE_FILES = {
+    f".{ending}" for ending in ("bmp", "gif", "jp2", "jpeg", "jpg", "pgm", "png", "ppm", "tga", "tif", "tiff", "webp")
+}
 HELD_OUT = 10  # of a folder without train/ and test/, one file in so many is a test image
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 # Random numbers are drawn from generator(device, seed, one of these, index), so that no two uses share a stream.
 ORDER, NOISE, HELD_OUT_NOISE, CHOICE, LEAVES = range(5)
-LEAVES_VERSION = 1  # of the images that leaves.py makes; a new number makes a new cache
 LEAVES_CHUNKS = {"train": range(200), "test": range(200, 240)}  # of 250 images, each with its own random numbers
 
 
@@ -41,13 +44,12 @@ class DataError(Exception):
 def load(split, dataset="auto", data_dir="data", crops_per_image=64, limit=None, seed=0):
     """The images of a split ("train" or "test"), and where they come from.
 
-    dataset: "cifar10", "folder", "leaves", or "auto" (cifar10 if it is on disk or can be downloaded, else leaves).
+    dataset: "cifar10", "folder", "leaves", or "auto" (see resolve).
     limit: at most so many images, a fixed random choice. seed: of the crops and of the leaves; the scripts leave it
     at 0, so that runs with other seeds train on the same images.
     Returns a uint8 tensor (N, 3, 32, 32) and a sentence. Raises DataError.
     """
-    if dataset == "auto":
-        dataset = "leaves" if cifar10_missing(data_dir) else "cifar10"
+    dataset = resolve(dataset, data_dir)
     if dataset == "cifar10":
         images, source = cifar10(split, data_dir), f"CIFAR-10 in {data_dir}"
     elif dataset == "folder":
@@ -57,6 +59,25 @@ def load(split, dataset="auto", data_dir="data", crops_per_image=64, limit=None,
     if limit is not None and limit < len(images):
         images = images[torch.randperm(len(images), generator=generator("cpu", seed, CHOICE, 0))[:limit]]
     return images, f"{len(images):,} {split} images of {source}"
+
+
+@functools.lru_cache
+def resolve(dataset, data_dir):
+    """What "auto" stands for: "cifar10" if it is in data_dir or can be downloaded, else "leaves", with a warning.
+
+    Raises DataError if data_dir holds pictures instead, which are hardly meant to be left aside.
+    """
+    if dataset != "auto":
+        return dataset
+    names = set(os.listdir(data_dir)) if os.path.isdir(data_dir) else set()
+    if {"train", "test"} <= names or IMAGE_FILES & {Path(name).suffix.lower() for name in names}:
+        raise DataError(f"{data_dir} holds pictures; add --dataset folder to use them, or --dataset cifar10 or leaves")
+    try:
+        cifar10("test", data_dir)
+        return "cifar10"
+    except DataError as error:
+        print(f"WARNING: using the built-in images instead of CIFAR-10: {error}", file=sys.stderr)
+        return "leaves"
 
 
 def fingerprint(images):
@@ -128,7 +149,8 @@ def cifar10(split, data_dir):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's, about the age of the pickled arrays
             images = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True).data
     except PermissionError as error:
         raise DataError(
@@ -151,17 +173,6 @@ def describe(error):
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-@functools.lru_cache
-def cifar10_missing(data_dir):
-    """None if CIFAR-10 can be read from data_dir, else why; says so on stderr, once."""
-    try:
-        cifar10("test", data_dir)
-        return None
-    except DataError as error:
-        print(f"WARNING: using the built-in images instead of CIFAR-10: {error}", file=sys.stderr)
-        return str(error)
-
-
 # ---- a folder of pictures ---------------------------------------------------------------------------------------
 
 
@@ -171,9 +182,9 @@ def folder(split, data_dir, crops_per_image=64, seed=0):
     A larger training image gives crops_per_image random crops, a larger test image its centre crop.
     """
     root = Path(data_dir)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder; --data-dir must name a folder of images")
-    if (root / "train").is_dir() and (root / "test").is_dir():
+    if os.path.isdir(root / "train") and os.path.isdir(root / "test"):
         root = root / split
         files = image_files(root)
     else:
@@ -195,14 +206,15 @@ def folder(split, data_dir, crops_per_image=64, seed=0):
         return np.stack([image[y : y + SIZE, x : x + SIZE] for y, x in corners])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(pool.map(crops, files), f"reading {split} images", len(files), delay=2, leave=False)
+        progress = tqdm(
+            pool.map(crops, files), f"reading {split} images", len(files), delay=2, leave=False, mininterval=1
+        )
         images = np.concatenate(list(progress))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def image_files(root):
     """The files below root with an image file's ending, as sorted relative paths. Links are followed, loops are not."""
-    endings = set(Image.registered_extensions())
     seen, files = set(), []
 
     def refuse(error):
@@ -214,7 +226,9 @@ def image_files(root):
             continue
         seen.add(os.path.realpath(path))
         files += [
-            os.path.relpath(os.path.join(path, name), root) for name in names if Path(name).suffix.lower() in endings
+            os.path.relpath(os.path.join(path, name), root)
+            for name in names
+            if Path(name).suffix.lower() in IMAGE_FILES
         ]
     return sorted(files)
 
@@ -248,19 +262,21 @@ def read_image(path):
 
 def cached_leaves(split, data_dir, seed=0):
     """50,000 training or 10,000 test dead leaves, made once (under a minute on two cores) and kept in data_dir."""
-    path = Path(data_dir) / f"leaves-{split}-seed{seed}-v{LEAVES_VERSION}.npy"
+    recipe = zlib.crc32(Path(leaves.__file__).read_bytes())  # a changed leaves.py makes other images
+    path = Path(data_dir) / f"leaves-{split}-{seed}-{recipe:08x}.npy"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         return torch.from_numpy(np.load(path))
     except (OSError, ValueError, EOFError):  # not there yet, or damaged
         pass
-    progress = tqdm(LEAVES_CHUNKS[split], f"making {split} images", leave=False)
+    progress = tqdm(LEAVES_CHUNKS[split], f"making {split} images", leave=False, mininterval=1)
     images = torch.cat([leaves.dead_leaves(250, generator("cpu", seed, LEAVES, i)) for i in progress])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
             np.save(file, images.numpy())
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         print(f"note: the images are not kept for the next start ({error})", file=sys.stderr)
     return images

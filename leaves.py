@@ -20,7 +20,7 @@ ELONGATION = 0.5  # at most: log of the ratio of a leaf's longer half-axis to it
 BOXES = 0.3  # share of rectangles; the others are ellipses
 WAVINESS = 0.3  # of the outlines, at most, in radii
 EDGE = (0.8, 1.0)  # pixels, width of the soft edges, one for each image
-BLUR = 1.5  # pixels, of the textures
+BLUR = 0.34  # pixels, standard deviation of the Gaussian that smooths the textures
 TEXTURE = 0.25  # strength at most, in units of the full range 0 ... 1, as all that follows
 TEXTURE_SLOPE = (1.0, 2.0)  # amplitude of a texture ~ frequency^-slope
 SHADING = 0.5  # linear change of brightness across the image, relative to CONTRAST
@@ -91,7 +91,7 @@ def texture_fields(count, uniform, normal):
     frequency = torch.hypot(torch.fft.fftfreq(SIZE)[:, None], torch.fft.rfftfreq(SIZE))
     frequency[0, 0] = 1  # the mean, taken out below
     spectrum = torch.fft.rfft2(normal(count, SIZE, SIZE))
-    spectrum *= frequency ** -uniform(*TEXTURE_SLOPE, 1, 1, 1) * torch.exp(-((BLUR * frequency) ** 2))
+    spectrum *= frequency ** -uniform(*TEXTURE_SLOPE, 1, 1, 1) * torch.exp(-2 * (math.pi * BLUR * frequency) ** 2)
     spectrum[..., 0, 0] = 0
     field = torch.fft.irfft2(spectrum, s=(SIZE, SIZE))
     return field / field.std(dim=(2, 3), keepdim=True)

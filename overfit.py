@@ -61,7 +61,7 @@ def main():
         path, [("original", x0[0], x0[0]), (f"noisy, t = {cfg.t}", x_t[0], x0[0]), ("reconstructed", x0_hat[0], x0[0])]
     )
     print(f"figure saved: {path}")
-    if loss >= cfg.target:
+    if not loss < cfg.target:  # also when it is not a number
         sys.exit(
             f"error: the loss stopped at {loss:.1e}, above {cfg.target:.0e}: try a lower --lr or more --iterations; "
             "if that does not help, the network, the noise or the optimizer is broken"

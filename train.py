@@ -10,11 +10,13 @@ Writes model/unet32_e{epoch}.pth (epochs counted from 0) and model/log.csv, a ro
 """
 
 import csv
+import functools
 import io
 import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -68,7 +70,8 @@ def held_out_loss(model, images, T, precision, rank=0, world=1, batch_size=250):
     model.eval()
     for buffer in model.buffers() if world > 1 else ():  # each rank has BatchNorm statistics of its own share
         dist.broadcast(buffer, 0)
-    for i in range(rank * batch_size, len(images), world * batch_size):
+    starts = range(rank * batch_size, len(images), world * batch_size)
+    for i in tqdm(starts, "held-out loss", delay=2, leave=False, disable=rank > 0):
         x0 = data.scale(images[i : i + batch_size])
         t = 1 + torch.arange(i, i + len(x0), device=device) % (T - 1)
         # Drawn on the CPU: the same noise on every kind of device.
@@ -77,6 +80,14 @@ def held_out_loss(model, images, T, precision, rank=0, world=1, batch_size=250):
             total += len(x0) * diffusion.noise_loss(model, x0, eps, t, T)
     model.train()
     return float(sum_over_ranks(total, world)) / len(images)
+
+
+def finite(loss, step, lr):
+    """The loss, a tensor, as a float."""
+    loss = loss.item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} by step {step} at a learning rate of {lr:.1e}; lower --lr")
+    return loss
 
 
 def sum_over_ranks(x, world):
@@ -89,11 +100,16 @@ def train(cfg, model, optimizer, x_train, x_test, rank, world, log, step, save, 
     """The training loop, from `step` finished updates at the start of an epoch to the last epoch.
 
     cfg: the settings; x_train, x_test: uint8 images on the device that the model is on; log: the rows so far, to which
-    one an epoch is added; save(epoch, step) and report(epoch, row): called after an epoch.
+    one an epoch is added; save(epoch, step) and report(epoch, row, seconds_left): called after an epoch. Raises
+    FloatingPointError when the loss is not finite.
     """
     device, precision, T = next(model.parameters()).device, getattr(torch, cfg.precision), cfg.noise_steps
     # The wrapper averages the gradients over ranks; `model` stays the raw module, which is what is saved.
-    net = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    net = model
+    if world > 1:
+        if device.type == "cuda":  # BatchNorm over the whole batch, as on one device; PyTorch has it for CUDA only
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        net = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     make_batches = data.pil_batches if cfg.loader == "pil" else data.batches
     steps_per_epoch = len(x_train) // cfg.batch_size
     last_step = cfg.epochs * steps_per_epoch
@@ -124,18 +140,12 @@ def train(cfg, model, optimizer, x_train, x_test, rank, world, log, step, save, 
             step += 1
             total += loss.detach()
             if time.time() - shown > 1:  # reading the loss waits for the device, so not at every step
-                shown = time.time()
+                shown, mean = time.time(), finite(total / i, step, lr)
                 left = tqdm.format_interval((shown - started) / (step - first_step) * (last_step - step))
                 speed = cfg.batch_size * i / (shown - epoch_started)
-                bar.set_postfix_str(
-                    f"loss {total / i:.4f}, lr {lr:.1e}, {speed:.0f} images/s, run {left} left", refresh=False
-                )
-        train_loss = float(sum_over_ranks(total, world)) / world / steps_per_epoch
+                bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.1e}, {speed:.0f} images/s, run {left} left", False)
+        train_loss = finite(sum_over_ranks(total, world) / world / steps_per_epoch, step, lr)
         speed = cfg.batch_size * steps_per_epoch / (time.time() - epoch_started)
-        if not math.isfinite(train_loss):
-            raise FloatingPointError(
-                f"the loss is {train_loss} by step {step} at a learning rate of {lr:.1e}; lower --lr"
-            )
         test_loss = held_out_loss(model, x_test, T, precision, rank, world)
         seconds = (log[-1]["seconds"] if log else 0) + time.time() - epoch_started
         row = (epoch, step, train_loss, test_loss, lr, round(speed, 1), round(seconds, 1))
@@ -148,14 +158,15 @@ def train(cfg, model, optimizer, x_train, x_test, rank, world, log, step, save, 
 def take_settings_of(saved, cfg):
     """The settings of a resumed run. Raises CheckpointError if one that was typed contradicts the checkpoint's."""
     for name, value in saved["config"].items():
-        if name not in cfg.given and name not in PER_START:
-            setattr(cfg, name, value)
-        elif name in cfg.given and name not in MAY_CHANGE and getattr(cfg, name) != value:
+        typed = name in cfg.given and getattr(cfg, name) != "auto"
+        if typed and name not in MAY_CHANGE and getattr(cfg, name) != value:
             flag = "--" + name.replace("_", "-")
             raise checkpoint.CheckpointError(
                 f"{cfg.resume} was trained with {flag} {value}, not {getattr(cfg, name)}; "
                 f"leave {flag} out to go on with it, or start anew in another --out-dir"
             )
+        if not typed and name not in PER_START:
+            setattr(cfg, name, value)
 
 
 def find_start(cfg):
@@ -164,11 +175,7 @@ def find_start(cfg):
     if cfg.resume == "auto":
         cfg.resume = checkpoint.newest(cfg.out_dir)
     if cfg.resume:
-        saved = checkpoint.load(cfg.resume)
-        if "optimizer" not in saved:
-            raise checkpoint.CheckpointError(
-                f"{cfg.resume} holds weights only, nothing to resume; use an unet32_e*.pth file"
-            )
+        saved = checkpoint.load(cfg.resume, needs=("optimizer", "epoch", "step", "data", "log"))
         take_settings_of(saved, cfg)
         if "out_dir" not in cfg.given:
             cfg.out_dir = str(Path(cfg.resume).parent)
@@ -187,10 +194,10 @@ def main():
     cfg = config.parse(__doc__, SETTINGS)
     # The defaults describe a world of one, without torchrun. Rank 0 speaks and writes.
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in config.RANKS)
-    say = print if rank == 0 else lambda *_: None
-    device = config.pick_device(cfg.device, local_rank)
-    cfg.precision = str(config.pick_precision(cfg.precision, device)).removeprefix("torch.")
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    device = config.pick_device(cfg.device, local_rank, world)
     saved, in_the_way = find_start(cfg)
+    cfg.precision = str(config.pick_precision(cfg.precision, device)).removeprefix("torch.")
     if cfg.batch_size % world:
         raise config.ConfigError(
             f"--batch-size {cfg.batch_size} cannot be split over {world} processes; use a multiple of {world}"
@@ -203,14 +210,16 @@ def main():
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=own_gpu)  # a download can take long
 
-    for turn in range(world):  # in turn: the first downloads or makes the images, the others find them
-        if turn == rank:
-            x_train, source = data.load("train", cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit)
-            x_test, test_source = data.load("test", cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit)
-        if world > 1:
-            dist.barrier()
+    if local_rank > 0:  # the first process of a machine downloads or makes the images, ...
+        dist.barrier()
+    cfg.dataset = data.resolve(cfg.dataset, cfg.data_dir)
+    x_train, source = data.load("train", cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit)
+    x_test, test_source = data.load("test", cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit)
+    if local_rank == 0 and world > 1:  # ... the others find them
+        dist.barrier()
     say(f"data: {source}; {test_source}")
     if len(x_train) < cfg.batch_size:
         raise config.ConfigError(
@@ -220,7 +229,8 @@ def main():
     if saved and saved["data"]["fingerprint"] != fingerprint:
         raise checkpoint.CheckpointError(
             f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these ({source}); "
-            "give --dataset and --data-dir as then, or start anew in another --out-dir"
+            "give --dataset and --data-dir as then (built-in images can differ between machines: copy data/leaves-*), "
+            "or start anew in another --out-dir"
         )
 
     x_train, x_test = x_train.to("cpu" if cfg.loader == "pil" else device), x_test.to(device)
@@ -245,8 +255,6 @@ def main():
     )
 
     board = open_tensorboard(cfg.out_dir) if cfg.tensorboard and rank == 0 else None
-    for path in in_the_way if rank == 0 else []:
-        path.unlink()
 
     def save(epoch, step):
         if rank == 0:
@@ -260,6 +268,8 @@ def main():
                 log=log,
             )
             path = checkpoint.path_of(cfg.out_dir, epoch)
+            while in_the_way:  # of --overwrite: the old run is deleted when there is something to put in its place
+                in_the_way.pop().unlink()
             checkpoint.save(path, state)
             say(f"model saved: {path}")
 

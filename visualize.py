@@ -120,6 +120,8 @@ def main():
         curves(rows, path)
     else:
         weights = Path(cfg.weights or checkpoint.newest(cfg.out_dir))
+        if "out_dir" not in cfg.given:
+            res = weights.parent / "res"
         model, trained = checkpoint.load_model(weights, config.pick_device(cfg.device))
         for name in {"dataset", "data_dir"} - cfg.given:
             setattr(cfg, name, trained[name])

@@ -53,7 +53,8 @@ def cifar_server(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "train_list", [[name, md5(files[name])] for name in names[:5]])
     monkeypatch.setattr(cifar, "test_list", [["test_batch", md5(files["test_batch"])]])
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5(files["batches.meta"])})
-    data.cifar10_missing.cache_clear()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    data.resolve.cache_clear()
     yield folder, pixels
     server.shutdown()
     server.server_close()
@@ -213,12 +214,23 @@ def test_a_folder_without_permission_is_named(tmp_path):
     try:
         with pytest.raises(data.DataError, match=r"cannot read the folder .*closed.*Permission denied"):
             data.load("train", "folder", str(tmp_path))
+        with pytest.raises(data.DataError, match=r"cannot read the folder .*closed.*Permission denied"):
+            data.load("train", "folder", str(closed))
         with pytest.raises(data.DataError, match=r"no permission to use .*closed"):
             data.load("train", "cifar10", str(closed / "data"))
     finally:
         if root:
             os.seteuid(0)
         closed.chmod(0o755)
+
+
+def test_pictures_are_not_left_aside_by_auto(pictures, tmp_path):
+    data.resolve.cache_clear()
+    with pytest.raises(data.DataError, match="holds pictures; add --dataset folder"):
+        data.load("train", "auto", str(pictures))
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.PNG")
+    with pytest.raises(data.DataError, match="holds pictures; add --dataset folder"):
+        data.load("train", "auto", str(tmp_path))
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

@@ -72,7 +72,7 @@ def test_learning_rates_are_those_of_pytorch():
 
 def test_reference_preset_is_the_textbook_loop(run, pictures):
     """Weights after `--preset reference` against a loop written out with PyTorch's and torchvision's own parts."""
-    run("--preset", "reference", "--epochs", 2, "--t-dim", 8)
+    run("--preset", "reference", "--epochs", 2, "--t-dim", 8, "--device", "cpu")
     transform = torchvision.transforms.Compose(
         [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
     )
@@ -221,9 +221,36 @@ def test_what_cannot_be_resumed_is_said(run, tmp_path):
     (tmp_path / "junk.pth").write_bytes(b"junk")
     with pytest.raises(checkpoint.CheckpointError, match=r"junk.pth is damaged or not a checkpoint"):
         run("--resume", "junk.pth")
-    torch.save({"weights": torch.zeros(1)}, "other.pth")
+    torch.save({"model": {}, "optimizer": {}, "config": {"n_layer": 12}}, "other.pth")
     with pytest.raises(checkpoint.CheckpointError, match=r"other.pth is not a checkpoint of this project"):
         run("--resume", "other.pth")
+
+
+def test_weights_alone_cannot_be_resumed(run):
+    run("--epochs", 1, *SMALL)
+    state = checkpoint.load("model/unet32_e0.pth")
+    checkpoint.save("weights.pth", {"model": state["model"], "config": state["config"]})
+    with pytest.raises(checkpoint.CheckpointError, match=r"weights.pth lacks what is needed here \(data, epoch, log"):
+        run("--resume", "weights.pth")
+
+
+def test_a_run_on_built_in_images_resumes_when_the_network_is_back(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "LEAVES_CHUNKS", {"train": range(1), "test": range(1, 2)})
+    offline = pytest.MonkeyPatch()
+    offline.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:1/nothing.tar.gz")
+    run("--dataset", "auto", "--epochs", 1, "--limit", 16, *SMALL)
+    offline.undo()
+    data.resolve.cache_clear()
+    monkeypatch.setattr(data, "cifar10", None)  # must not be asked again
+    run("--resume", "auto", "--epochs", 2)
+    assert checkpoint.load("model/unet32_e1.pth")["config"]["dataset"] == "leaves"
+
+
+def test_overwrite_deletes_nothing_before_there_is_something_new(run):
+    run("--epochs", 1, *SMALL)
+    with pytest.raises(FloatingPointError):
+        run("--epochs", 1, "--overwrite", "--lr", 1e9, *SMALL, "--precision", "float32")
+    assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 0.001
 
 
 def test_settings_that_cannot_be_are_refused(run):
@@ -231,7 +258,7 @@ def test_settings_that_cannot_be_are_refused(run):
         run("--batch-size", 32)
     with pytest.raises(config.ConfigError, match="--loader pil does not mirror"):
         run("--loader", "pil")
-    with pytest.raises(config.ConfigError, match=r"--device \S+ cannot be used here"):
+    with pytest.raises(config.ConfigError, match=r"--device \S+ cannot be used "):
         run("--device", "cuda:99")
 
 
@@ -246,10 +273,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
 
 def test_two_processes_train_as_one(run, script, pictures):
     """torchrun with two CPU processes: gradients of the first step to 1e-5, losses of 50 steps to 1e-3."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     for name, epochs in (("first", 1), ("fifty", 50)):
         args = ("--dataset", "folder", "--data-dir", pictures, "--limit", 8, "--batch-size", 8, "--epochs", epochs)
-        args += ("--save-model-epochs", 50, "--precision", "float32", "--device", "cpu")
+        args += ("--save-model-epochs", 50, "--precision", "float32", "--device", "cpu", "--lr", 2e-4)
         run(*args, "--out-dir", f"{name}1")
         process = script("train.py", *args, "--out-dir", f"{name}2", launcher=launcher, OMP_NUM_THREADS="1")
         assert process.returncode == 0, process.stderr
