@@ -5,14 +5,22 @@ state = load(path)                    # model, optimizer, epoch, step, config, .
 model, config = load_model(path, device)
 """
 
+import hashlib
 import io
 import os
 import re
+import socket
+import sys
 from pathlib import Path
 
 import torch
 
 import unet
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
 
 
 class CheckpointError(Exception):
@@ -45,11 +53,69 @@ def newest(folder):
     return found[-1]
 
 
+def load_newest(folder, needs=()):
+    """The newest checkpoint of a folder that is whole, and what it holds; a damaged one is passed over with a warning."""
+    newest(folder)
+    for path in reversed(in_folder(folder)):
+        try:
+            return path, load(path, needs=needs)
+        except CheckpointError as error:
+            print(f"WARNING: {error}", file=sys.stderr)
+    raise CheckpointError(f"no checkpoint in {folder} can be used; start anew with --overwrite or in another --out-dir")
+
+
 def save(path, state):
     """Write a dict of tensors and plain values so that `path` is, at any moment, absent, the old file or the new one."""
     buffer = io.BytesIO()  # so that a full disk is an OSError, not an error of PyTorch's own writer
-    torch.save(state, buffer)
+    torch.save(state | {"checksum": checksum(state)}, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def checksum(state):
+    """SHA-256 of names, values, shapes and bytes: tells damage that still parses."""
+    sha = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            add(list(value.items()))
+        elif isinstance(value, list | tuple):
+            sha.update(f"{len(value)} of".encode())
+            for item in value:
+                add(item)
+        else:
+            sha.update(repr(value).encode())
+
+    add(state)
+    return sha.hexdigest()
+
+
+def lock(folder):
+    """Hold the folder for this process, as long as the file returned is not closed. Clears what a killed save left.
+
+    Raises CheckpointError if another process holds it. The lock dies with its process, however that ends. Between
+    hosts it holds where the file system passes flock on (NFS since Linux 2.6.12 does, some cluster file systems do not).
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115 - it is the open file that holds the lock
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise CheckpointError(
+            f"{folder} is in use by {holder}; wait for it to end or choose another --out-dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    for leftover in path.parent.glob(".*.tmp"):
+        leftover.unlink()
+    return file
 
 
 def write_atomically(path, write):
@@ -63,6 +129,10 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # the new name too must reach the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -83,6 +153,8 @@ def load(path, device="cpu", needs=()):
     missing = {"model", *needs} - state.keys()
     if missing:
         raise CheckpointError(f"{path} lacks what is needed here ({', '.join(sorted(missing))}); use another one")
+    if state.pop("checksum", None) != checksum(state):
+        raise CheckpointError(f"{path} is damaged (its checksum is wrong or missing); use another one")
     return state
 
 
@@ -91,8 +163,14 @@ def load_model(path, device):
     state = load(path, device)
     config = state["config"]
     model = unet.build(config["model"], config["t_dim"])
+    load_weights(model, state, path)
+    return model.to(device, memory_format=torch.channels_last).eval(), config
+
+
+def load_weights(model, state, path):
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError:
-        raise CheckpointError(f"{path} does not hold the weights of {config['model']!r}; use another one") from None
-    return model.to(device, memory_format=torch.channels_last).eval(), config
+    except (RuntimeError, TypeError):
+        raise CheckpointError(
+            f"{path} does not hold the weights of {state['config']['model']!r}; use another one"
+        ) from None

@@ -50,6 +50,8 @@ SETTINGS = {
     "dataset": Setting("auto", ("auto", "cifar10", "folder", "leaves"), "images; auto: cifar10 if it is on disk or can be downloaded, else leaves"),
     "data_dir": Setting("data", str, "folder the images are in, or are downloaded or cached to"),
     "crops_per_image": Setting(64, count(), "random 32x32 crops from each larger training image of a folder"),
+    "skip_bad_images": Setting(False, bool, "count and leave out unreadable or too small images of a folder, instead of stopping"),
+    "max_pixels": Setting(100_000_000, count(), "pixels of the largest image that is read; a small file can hold a huge one"),
     "limit": Setting(None, count(), "use at most this many images of each split; None: all"),
     # noise
     "noise_steps": Setting(10, count(2), "T: noise steps; sigma = t / T with t from 1 to T-1"),
@@ -73,16 +75,18 @@ SETTINGS = {
     "precision": Setting("auto", ("auto", "bfloat16", "float32"), "arithmetic of the network; auto: bfloat16 where the hardware has it"),
     "out_dir": Setting("model", str, "folder for checkpoints, log.csv and figures (in res/)"),
     "save_model_epochs": Setting(1, count(), "epochs from one checkpoint to the next; the last epoch is always saved"),
+    "save_every_steps": Setting(None, count(), "save inside an epoch too, every so many updates; None: only after epochs"),
     "sample_every_epochs": Setting(0, count(0), "epochs from one comparison grid to the next; 0: none"),
     "resume": Setting(None, str, "checkpoint to go on from; auto: the newest of --out-dir; None: start anew"),
     "overwrite": Setting(False, bool, "delete the checkpoints that --out-dir holds and start anew"),
     "tensorboard": Setting(False, bool, "send numbers and grids to TensorBoard too, under --out-dir"),
-    # overfit.py and visualize.py
+    # overfit.py, visualize.py and benchmarks/
     "t": Setting(5, count(), "time step of the noise, from 1 to T-1"),
     "iterations": Setting(1000, count(), "optimizer updates at most"),
     "target": Setting(1e-5, positive, "loss at which the check has passed"),
     "weights": Setting(None, str, "checkpoint to use; None: the newest of --out-dir"),
     "images": Setting(6, count(), "test images in the figure"),
+    "trials": Setting(20, count(), "kills; ten times as many files are damaged"),
     "curves": Setting(False, bool, "draw the loss curves of log.csv in --out-dir, not the grid"),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ images, source = load("train", "auto", "data")      # "cifar10", "folder", "leav
 for x0 in batches(images, 16, seed=0, epoch=0): ...  # (16, 3, 32, 32)
 """
 
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -15,7 +16,6 @@ import tarfile
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from tqdm import tqdm
 import leaves
 
 SIZE = 32  # pixels, height and width of every image
+Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own
 IMAGE_FILES = {
     f".{ending}" for ending in ("bmp", "gif", "jp2", "jpeg", "jpg", "pgm", "png", "ppm", "tga", "tif", "tiff", "webp")
 }
@@ -41,19 +42,31 @@ class DataError(Exception):
     """The images cannot be had: the text says why, names the file, and says what to do."""
 
 
-def load(split, dataset="auto", data_dir="data", crops_per_image=64, limit=None, seed=0):
+def load(
+    split,
+    dataset="auto",
+    data_dir="data",
+    crops_per_image=64,
+    limit=None,
+    seed=0,
+    skip_bad_images=False,
+    max_pixels=100_000_000,
+):
     """The images of a split ("train" or "test"), and where they come from.
 
     dataset: "cifar10", "folder", "leaves", or "auto" (see resolve).
     limit: at most so many images, a fixed random choice. seed: of the crops and of the leaves; the scripts leave it
-    at 0, so that runs with other seeds train on the same images.
+    at 0, so that runs with other seeds train on the same images. skip_bad_images, max_pixels: see folder.
     Returns a uint8 tensor (N, 3, 32, 32) and a sentence. Raises DataError.
     """
     dataset = resolve(dataset, data_dir)
     if dataset == "cifar10":
         images, source = cifar10(split, data_dir), f"CIFAR-10 in {data_dir}"
     elif dataset == "folder":
-        images, source = folder(split, data_dir, crops_per_image, seed), f"the image files in {data_dir}"
+        images, source = (
+            folder(split, data_dir, crops_per_image, seed, skip_bad_images, max_pixels),
+            f"the image files in {data_dir}",
+        )
     else:
         images, source = cached_leaves(split, data_dir, seed), "built-in dead leaves"
     if limit is not None and limit < len(images):
@@ -149,7 +162,7 @@ def cifar10(split, data_dir):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy's, about the age of the pickled arrays
             images = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True).data
     except PermissionError as error:
@@ -176,10 +189,11 @@ def describe(error):
 # ---- a folder of pictures ---------------------------------------------------------------------------------------
 
 
-def folder(split, data_dir, crops_per_image=64, seed=0):
+def folder(split, data_dir, crops_per_image=64, seed=0, skip_bad_images=False, max_pixels=100_000_000):
     """The images below data_dir: data_dir/train and data_dir/test if both are there, else a fixed tenth is held out.
 
-    A larger training image gives crops_per_image random crops, a larger test image its centre crop.
+    A larger training image gives crops_per_image random crops, a larger test image its centre crop. An image that is
+    unreadable, too small or larger than max_pixels is an error that names it; skip_bad_images: it is left out.
     """
     root = Path(data_dir)
     if not os.path.isdir(root):
@@ -193,7 +207,7 @@ def folder(split, data_dir, crops_per_image=64, seed=0):
         raise DataError(f"no {split} images in {root}; put at least two image files there (.png, .jpg, ...)")
 
     def crops(file):
-        image = read_image(root / file)
+        image = read_image(root / file, max_pixels)
         if min(image.shape[:2]) < SIZE:
             raise DataError(
                 f"{root / file} is {image.shape[1]}x{image.shape[0]} pixels, smaller than {SIZE}x{SIZE}; remove it"
@@ -205,11 +219,28 @@ def folder(split, data_dir, crops_per_image=64, seed=0):
         corners = random.integers(0, room + 1, (crops_per_image, 2)) if split == "train" else [room // 2]
         return np.stack([image[y : y + SIZE, x : x + SIZE] for y, x in corners])
 
+    def crops_or_none(file):
+        try:
+            return crops(file)
+        except DataError:
+            if not skip_bad_images:
+                raise
+            return None
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(
-            pool.map(crops, files), f"reading {split} images", len(files), delay=2, leave=False, mininterval=1
+            pool.map(crops_or_none, files), f"reading {split} images", len(files), delay=2, leave=False, mininterval=1
         )
-        images = np.concatenate(list(progress))
+        good = [image for image in progress if image is not None]
+    if len(good) < len(files):
+        print(
+            f"WARNING: left out {len(files) - len(good)} of {len(files)} {split} images of {data_dir}", file=sys.stderr
+        )
+    if not good:
+        raise DataError(
+            f"none of the {len(files)} {split} images in {root} can be used; see without --skip-bad-images why"
+        )
+    images = np.concatenate(good)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
@@ -240,11 +271,17 @@ def hold_out(files):
     return [file for file in files if file not in test], sorted(test)
 
 
-def read_image(path):
-    """A picture file as a uint8 array (H, W, 3): upright, 16 bits scaled to 8, transparent parts on white."""
+def read_image(path, max_pixels=100_000_000):
+    """A picture file as a uint8 array (H, W, 3): upright, 16 bits scaled to 8, transparent parts on white.
+
+    Raises DataError if it cannot be read or has more than max_pixels, which are looked up before any is decoded.
+    """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than --max-pixels {max_pixels}")
+            with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the picture
+                image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range")
             if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255

@@ -9,15 +9,18 @@
 Writes model/unet32_e{epoch}.pth (epochs counted from 0) and model/log.csv, a row an epoch.
 """
 
+import argparse
 import csv
 import functools
 import io
 import math
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,13 +37,29 @@ import visualize
 SETTINGS = (
     "dataset data_dir crops_per_image limit noise_steps model t_dim preset epochs batch_size lr beta2 weight_decay "
     "warmup_steps schedule flip loader seed device precision out_dir save_model_epochs sample_every_epochs resume "
-    "overwrite tensorboard"
+    "save_every_steps overwrite tensorboard skip_bad_images max_pixels"
 )
 # A resumed run takes every setting that was not typed from its checkpoint, but for these, which belong to a start;
 PER_START = {"device", "out_dir", "resume", "overwrite", "tensorboard"}
 # and a setting that was typed must not contradict the checkpoint, but for these, which do not make it another run.
-MAY_CHANGE = PER_START | {"data_dir", "epochs", "save_model_epochs", "sample_every_epochs"}
+MAY_CHANGE = PER_START | {"data_dir", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
+MISTAKES = (data.DataError, checkpoint.CheckpointError, FloatingPointError)
 LOG_COLUMNS = ("epoch", "step", "train_loss", "test_loss", "lr", "images_per_second", "seconds")
+
+
+class World(NamedTuple):
+    """The processes that train together; a single one is a world of size 1. Rank 0 speaks and writes."""
+
+    rank: int
+    size: int
+    local_rank: int  # on its machine
+    device: torch.device
+
+
+class Stopped(Exception):
+    """A signal asks the run to end: Ctrl-C, or SIGTERM, with which clusters take a machine back."""
+
+    signal = 0  # the one that came, 0 before
 
 
 def lr_at(step, cfg, steps_per_epoch):
@@ -63,23 +82,32 @@ def draw_noise(shape, T, device, seed, step):
 
 
 @torch.no_grad()
-def held_out_loss(model, images, T, precision, rank=0, world=1, batch_size=250):
+def held_out_loss(model, images, T, precision, world, batch_size=250):
     """The loss over uint8 `images`, on the same noise in every run: t is 1 ... T-1 in turn, eps follows from the place."""
     device = images.device
     total = torch.zeros((), device=device)
     model.eval()
-    for buffer in model.buffers() if world > 1 else ():  # each rank has BatchNorm statistics of its own share
+    for buffer in model.buffers() if world.size > 1 else ():  # each rank has BatchNorm statistics of its own share
         dist.broadcast(buffer, 0)
-    starts = range(rank * batch_size, len(images), world * batch_size)
-    for i in tqdm(starts, "held-out loss", delay=2, leave=False, disable=rank > 0):
-        x0 = data.scale(images[i : i + batch_size])
-        t = 1 + torch.arange(i, i + len(x0), device=device) % (T - 1)
-        # Drawn on the CPU: the same noise on every kind of device.
-        eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)).to(device)
-        with config.autocast(device, precision):
-            total += len(x0) * diffusion.noise_loss(model, x0, eps, t, T)
+    starts = range(0, len(images), world.size * batch_size)
+    for turn, start in enumerate(tqdm(starts, "held-out loss", delay=2, leave=False, disable=world.rank > 0)):
+        i = start + world.rank * batch_size
+        if i < len(images):
+            x0 = data.scale(images[i : i + batch_size])
+            t = 1 + torch.arange(i, i + len(x0), device=device) % (T - 1)
+            # Drawn on the CPU: the same noise on every kind of device.
+            eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)).to(device)
+            with config.autocast(device, precision):
+                total += len(x0) * diffusion.noise_loss(model, x0, eps, t, T)
+        heed_signals(world, turn)
     model.train()
     return float(sum_over_ranks(total, world)) / len(images)
+
+
+def sum_over_ranks(x, world):
+    if world.size > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def finite(loss, step, lr):
@@ -90,69 +118,83 @@ def finite(loss, step, lr):
     return loss
 
 
-def sum_over_ranks(x, world):
-    if world > 1:
-        dist.all_reduce(x)
-    return x
+def heed_signals(world, turn):
+    """Raise Stopped if a signal came to any rank; ranks ask one another every 8 turns, so that all stop at the same."""
+    if world.size > 1 and turn % 8 == 0:
+        came = torch.tensor(Stopped.signal, device=world.device)
+        dist.all_reduce(came, dist.ReduceOp.MAX)
+        if came:
+            raise Stopped(int(came))
+    elif world.size == 1 and Stopped.signal:
+        raise Stopped(Stopped.signal)
 
 
-def train(cfg, model, optimizer, x_train, x_test, rank, world, log, step, save, report):
-    """The training loop, from `step` finished updates at the start of an epoch to the last epoch.
+def note_signal(signum, frame):
+    Stopped.signal = signum
+    signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
 
-    cfg: the settings; x_train, x_test: uint8 images on the device that the model is on; log: the rows so far, to which
-    one an epoch is added; save(epoch, step) and report(epoch, row, seconds_left): called after an epoch. Raises
-    FloatingPointError when the loss is not finite.
+
+def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
+    """The training loop, from where `run` stands to the last epoch.
+
+    run: step, log (a row an epoch), and loss_sum and seconds of the epoch under way. save(): called when a checkpoint
+    is due; report(seconds_left): called after an epoch. Raises FloatingPointError when the loss is not finite.
     """
-    device, precision, T = next(model.parameters()).device, getattr(torch, cfg.precision), cfg.noise_steps
-    # The wrapper averages the gradients over ranks; `model` stays the raw module, which is what is saved.
-    net = model
-    if world > 1:
+    device, precision, T = world.device, getattr(torch, cfg.precision), cfg.noise_steps
+    net = model  # the raw module, which is what is saved, whatever wraps it
+    if world.size > 1:
         if device.type == "cuda":  # BatchNorm over the whole batch, as on one device; PyTorch has it for CUDA only
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         net = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     make_batches = data.pil_batches if cfg.loader == "pil" else data.batches
+    share = slice(world.rank * cfg.batch_size // world.size, (world.rank + 1) * cfg.batch_size // world.size)
     steps_per_epoch = len(x_train) // cfg.batch_size
-    last_step = cfg.epochs * steps_per_epoch
-    share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
-    first_step, started = step, time.time()
-    for epoch in range(step // steps_per_epoch, cfg.epochs):
-        total, epoch_started, shown = torch.zeros((), device=device), time.time(), time.time()
-        batches = make_batches(x_train, cfg.batch_size, cfg.seed, epoch, cfg.flip, rank, world)
-        # Not on a terminal, a line every half minute is enough.
-        bar = tqdm(
-            batches,
-            f"Epoch {epoch + 1}/{cfg.epochs}",
-            steps_per_epoch,
-            disable=rank > 0,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
-        for i, x0 in enumerate(bar, 1):
-            lr = lr_at(step, cfg, steps_per_epoch)
+    first_step, started, shown = run.step, time.time(), time.time()
+
+    def seconds_left():
+        return (time.time() - started) / max(1, run.step - first_step) * (cfg.epochs * steps_per_epoch - run.step)
+
+    for epoch in range(len(run.log), cfg.epochs):
+        done = run.step - epoch * steps_per_epoch  # not 0 where the run was stopped inside this epoch
+        epoch_started, lr = time.time() - run.seconds, lr_at(run.step - 1, cfg, steps_per_epoch)
+        batches = make_batches(x_train, cfg.batch_size, cfg.seed, epoch, cfg.flip, world.rank, world.size, done)
+        bar = progress_bar(batches, f"Epoch {epoch + 1}/{cfg.epochs}", done, steps_per_epoch, world)
+        for i, x0 in enumerate(bar, done + 1):
+            lr = lr_at(run.step, cfg, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # Every rank draws the noise of the whole batch and takes its share: the same noise on any number of ranks.
-            t, eps = draw_noise((cfg.batch_size, *x0.shape[1:]), T, device, cfg.seed, step)
+            t, eps = draw_noise((cfg.batch_size, *x0.shape[1:]), T, device, cfg.seed, run.step)
             with config.autocast(device, precision):
                 loss = diffusion.noise_loss(net, x0.to(device), eps[share], t[share], T)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step += 1
-            total += loss.detach()
+            run.step += 1
+            run.loss_sum += loss.detach()
+            run.seconds = time.time() - epoch_started
             if time.time() - shown > 1:  # reading the loss waits for the device, so not at every step
-                shown, mean = time.time(), finite(total / i, step, lr)
-                left = tqdm.format_interval((shown - started) / (step - first_step) * (last_step - step))
-                speed = cfg.batch_size * i / (shown - epoch_started)
+                shown, mean = time.time(), finite(run.loss_sum / i, run.step, lr)
+                speed, left = cfg.batch_size * i / run.seconds, tqdm.format_interval(seconds_left())
                 bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.1e}, {speed:.0f} images/s, run {left} left", False)
-        train_loss = finite(sum_over_ranks(total, world) / world / steps_per_epoch, step, lr)
-        speed = cfg.batch_size * steps_per_epoch / (time.time() - epoch_started)
-        test_loss = held_out_loss(model, x_test, T, precision, rank, world)
-        seconds = (log[-1]["seconds"] if log else 0) + time.time() - epoch_started
-        row = (epoch, step, train_loss, test_loss, lr, round(speed, 1), round(seconds, 1))
-        log.append(dict(zip(LOG_COLUMNS, row)))
-        report(epoch, log[-1], (time.time() - started) / (step - first_step) * (last_step - step))
+            if cfg.save_every_steps and run.step % cfg.save_every_steps == 0:
+                save()
+            heed_signals(world, run.step)
+        train_loss = sum_over_ranks(run.loss_sum.clone(), world) / world.size / steps_per_epoch
+        train_loss, speed = finite(train_loss, run.step, lr), cfg.batch_size * steps_per_epoch / run.seconds
+        test_loss = held_out_loss(model, x_test, T, precision, world)
+        seconds = (run.log[-1]["seconds"] if run.log else 0) + time.time() - epoch_started
+        row = (epoch, run.step, train_loss, test_loss, lr, round(speed, 1), round(seconds, 1))
+        run.log.append(dict(zip(LOG_COLUMNS, row)))
+        run.loss_sum, run.seconds = torch.zeros_like(run.loss_sum), 0.0
+        report(seconds_left())
         if (epoch + 1) % cfg.save_model_epochs == 0 or epoch + 1 == cfg.epochs:
-            save(epoch, step)
+            save()
+
+
+def progress_bar(batches, name, done, steps_per_epoch, world):
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file a line every half minute is enough
+    return tqdm(batches, name, steps_per_epoch, initial=done, disable=world.rank > 0, mininterval=interval)
 
 
 def take_settings_of(saved, cfg):
@@ -171,17 +213,20 @@ def take_settings_of(saved, cfg):
 
 def find_start(cfg):
     """The state to resume from (None: a new run) and the checkpoints to delete; refuses to harm those of another run."""
-    saved, epoch = None, -1
-    if cfg.resume == "auto":
-        cfg.resume = checkpoint.newest(cfg.out_dir)
+    saved, epoch, in_the_way = None, -1, checkpoint.in_folder(cfg.out_dir)
     if cfg.resume:
-        saved = checkpoint.load(cfg.resume, needs=("optimizer", "epoch", "step", "data", "log"))
+        needs = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
+        if cfg.resume == "auto":
+            cfg.resume, saved = checkpoint.load_newest(cfg.out_dir, needs)
+            in_the_way = []  # what is newer is damaged
+        else:
+            saved = checkpoint.load(cfg.resume, needs=needs)
         take_settings_of(saved, cfg)
         if "out_dir" not in cfg.given:
             cfg.out_dir = str(Path(cfg.resume).parent)
         if Path(cfg.out_dir).resolve() == Path(cfg.resume).resolve().parent:
             epoch = saved["epoch"]
-    in_the_way = [path for path in checkpoint.in_folder(cfg.out_dir) if checkpoint.epoch_of(path) > epoch]
+    in_the_way = [path for path in in_the_way if checkpoint.epoch_of(path) > epoch]
     if in_the_way and not cfg.overwrite:
         raise checkpoint.CheckpointError(
             f"{cfg.out_dir} already holds {in_the_way[-1].name}; go on from it with --resume auto, "
@@ -190,107 +235,184 @@ def find_start(cfg):
     return saved, in_the_way
 
 
-def main():
-    cfg = config.parse(__doc__, SETTINGS)
-    # The defaults describe a world of one, without torchrun. Rank 0 speaks and writes.
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in config.RANKS)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    device = config.pick_device(cfg.device, local_rank, world)
-    saved, in_the_way = find_start(cfg)
-    cfg.precision = str(config.pick_precision(cfg.precision, device)).removeprefix("torch.")
-    if cfg.batch_size % world:
+def join_world(cfg):
+    """This process's World: of size 1 by the defaults, which torchrun replaces."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in config.RANKS)
+    device = config.pick_device(cfg.device, local_rank, size)
+    if cfg.batch_size % size:
         raise config.ConfigError(
-            f"--batch-size {cfg.batch_size} cannot be split over {world} processes; use a multiple of {world}"
+            f"--batch-size {cfg.batch_size} cannot be split over {size} processes; use a multiple of {size}"
         )
-    if cfg.loader == "pil" and cfg.flip:
-        raise config.ConfigError("--loader pil does not mirror images; add --no-flip")
     if device.type == "cuda":  # the same bits in every run, as on the CPU
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.cuda.set_device(device)
-    if world > 1:
+    if size > 1:
         backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=own_gpu)  # a download can take long
+    return World(rank, size, local_rank, device)
 
-    if local_rank > 0:  # the first process of a machine downloads or makes the images, ...
+
+def load_images(cfg, world):
+    """x_train, x_test (uint8, on the device) and what is known of them; cfg.dataset becomes what auto stood for."""
+    if world.local_rank > 0:  # the first process of a machine downloads or makes the images, ...
         dist.barrier()
     cfg.dataset = data.resolve(cfg.dataset, cfg.data_dir)
-    x_train, source = data.load("train", cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit)
-    x_test, test_source = data.load("test", cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit)
-    if local_rank == 0 and world > 1:  # ... the others find them
+    options = (cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit, 0, cfg.skip_bad_images, cfg.max_pixels)
+    x_train, source = data.load("train", *options)
+    x_test, test_source = data.load("test", *options)
+    if world.local_rank == 0 and world.size > 1:  # ... the others find them
         dist.barrier()
-    say(f"data: {source}; {test_source}")
     if len(x_train) < cfg.batch_size:
         raise config.ConfigError(
             f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}; lower --batch-size"
         )
-    fingerprint = data.fingerprint(x_train)
-    if saved and saved["data"]["fingerprint"] != fingerprint:
+    about = dict(source=source, test_source=test_source, fingerprint=data.fingerprint(x_train))
+    return x_train.to("cpu" if cfg.loader == "pil" else world.device), x_test.to(world.device), about
+
+
+def resume(saved, cfg, world, model, optimizer, run, say):
+    """Put weights, optimizer and `run` where the checkpoint stands. Raises CheckpointError if it saw other images."""
+    if saved["data"]["fingerprint"] != run.data["fingerprint"]:
         raise checkpoint.CheckpointError(
-            f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these ({source}); "
+            f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these ({run.data['source']}); "
             "give --dataset and --data-dir as then (built-in images can differ between machines: copy data/leaves-*), "
             "or start anew in another --out-dir"
         )
+    checkpoint.load_weights(model, saved, cfg.resume)
+    optimizer.load_state_dict(saved["optimizer"])
+    run.step, run.log, run.seconds = saved["step"], saved["log"], saved["seconds"]
+    sums = saved["loss_sums"].to(world.device)
+    say(f"resumed: {cfg.resume}, {run.step:,} steps and {len(run.log)} of {cfg.epochs} epochs done")
+    if len(sums) == world.size:
+        run.loss_sum = sums[world.rank].clone()
+    else:
+        run.loss_sum = sums.mean()
+        say(f"{world.size} processes go on where {len(sums)} stood: the same images and noise, but not bit for bit")
+    if cfg.epochs != saved["config"]["epochs"]:
+        say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {saved['config']['epochs']}")
+    if len(run.log) >= cfg.epochs:
+        say("nothing is left to train; give a larger --epochs to go on")
 
-    x_train, x_test = x_train.to("cpu" if cfg.loader == "pil" else device), x_test.to(device)
-    torch.manual_seed(cfg.seed)
-    model = unet.build(cfg.model, cfg.t_dim).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=device.type != "mps"
+
+def save_run(cfg, world, model, optimizer, run, say):
+    """Save where the run stands as unet32_e{epoch}.pth. If the disk fails, say so: the next save tries again."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FloatingPointError(f"weights are not finite by step {run.step}; they are not saved; lower --lr")
+    sums = torch.zeros(world.size, device=world.device)
+    sums[world.rank] = run.loss_sum
+    sum_over_ranks(sums, world)
+    if world.rank > 0 or run.step == 0:
+        return
+    inside_epoch = run.step != (run.log[-1]["step"] if run.log else 0)
+    epoch = len(run.log) - (not inside_epoch)
+    path = checkpoint.path_of(cfg.out_dir, epoch)
+    state = dict(
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        epoch=epoch,
+        step=run.step,
+        config={name: getattr(cfg, name) for name in SETTINGS.split() if name not in PER_START},
+        data=run.data,
+        log=run.log,
+        loss_sums=sums.cpu(),
+        seconds=run.seconds,
     )
-    log, step = [], 0
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        log, step = saved["log"], saved["step"]
-        say(f"resumed: {cfg.resume}, {saved['epoch'] + 1} of {cfg.epochs} epochs done")
-        if saved["epoch"] + 1 >= cfg.epochs:
-            say("nothing is left to train; give a larger --epochs to go on")
-        elif cfg.epochs != saved["config"]["epochs"]:
-            say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {saved['config']['epochs']}")
-    parameters = sum(p.numel() for p in model.parameters())
+    try:
+        while run.in_the_way:  # of --overwrite: the old run goes when there is something to put in its place
+            run.in_the_way.pop().unlink(missing_ok=True)
+        checkpoint.save(path, state)
+        if run.interim and run.interim != path:  # a save inside an epoch is superseded by the next save
+            run.interim.unlink(missing_ok=True)
+    except OSError as error:
+        run.unsaved = f"{path} could not be saved ({error})"
+        print(f"WARNING: {run.unsaved}; training goes on, the next save tries again", file=sys.stderr)
+        return
+    run.unsaved, run.interim = None, path if inside_epoch else None
+    say(f"model saved: {path}")
+
+
+def report_epoch(cfg, model, x_test, run, board, seconds_left, say):
+    """Print, log and draw what the last epoch gave."""
+    row = run.log[-1]
     say(
-        f"{cfg.model}: {parameters:,} parameters on {world} x {device}, {cfg.precision}; {cfg.epochs} epochs of {cfg.batch_size}-image batches"
+        f"epoch {row['epoch'] + 1}/{cfg.epochs}: train loss {row['train_loss']:.4f}, "
+        f"held-out loss {row['test_loss']:.4f}, {row['images_per_second']:.0f} images/s, "
+        f"{tqdm.format_interval(seconds_left)} left"
     )
+    try:
+        write_log(Path(cfg.out_dir) / "log.csv", run.log)
+        grid = None
+        if cfg.sample_every_epochs and (row["epoch"] + 1) % cfg.sample_every_epochs == 0:
+            grid = Path(cfg.out_dir) / "res" / f"comparison_result_unet32_e{row['epoch']}.png"
+            visualize.comparison_grid(model, x_test, cfg.noise_steps, grid)
+            say(f"figure saved: {grid}")
+        if board:
+            to_tensorboard(board, row, grid)
+    except OSError as error:  # the next checkpoint holds the log too
+        print(f"WARNING: log or figure could not be saved ({error}); training goes on", file=sys.stderr)
 
-    board = open_tensorboard(cfg.out_dir) if cfg.tensorboard and rank == 0 else None
 
-    def save(epoch, step):
-        if rank == 0:
-            state = dict(
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                epoch=epoch,
-                step=step,
-                config={name: getattr(cfg, name) for name in SETTINGS.split() if name not in PER_START},
-                data=dict(source=source, fingerprint=fingerprint),
-                log=log,
-            )
-            path = checkpoint.path_of(cfg.out_dir, epoch)
-            while in_the_way:  # of --overwrite: the old run is deleted when there is something to put in its place
-                in_the_way.pop().unlink()
-            checkpoint.save(path, state)
-            say(f"model saved: {path}")
+def main():
+    cfg = config.parse(__doc__, SETTINGS)
+    if cfg.loader == "pil" and cfg.flip:
+        raise config.ConfigError("--loader pil does not mirror images; add --no-flip")
+    saved, in_the_way = find_start(cfg)
+    world = join_world(cfg)
+    say = functools.partial(print, flush=True) if world.rank == 0 else lambda *_: None
+    lock = checkpoint.lock(cfg.out_dir) if world.rank == 0 else None
+    cfg.precision = str(config.pick_precision(cfg.precision, world.device)).removeprefix("torch.")
+    x_train, x_test, about = load_images(cfg, world)
+    say(f"data: {about['source']}; {about['test_source']}")
 
-    def report(epoch, row, seconds_left):
-        if rank == 0:
-            say(
-                f"epoch {epoch + 1}/{cfg.epochs}: train loss {row['train_loss']:.4f}, held-out loss {row['test_loss']:.4f}, "
-                f"{row['images_per_second']:.0f} images/s, {tqdm.format_interval(seconds_left)} left"
-            )
-            write_log(Path(cfg.out_dir) / "log.csv", log)
-            grid = None
-            if cfg.sample_every_epochs and (epoch + 1) % cfg.sample_every_epochs == 0:
-                grid = Path(cfg.out_dir) / "res" / f"comparison_result_unet32_e{epoch}.png"
-                visualize.comparison_grid(model, x_test, cfg.noise_steps, grid)
-                say(f"figure saved: {grid}")
-            if board:
-                to_tensorboard(board, row, grid)
+    torch.manual_seed(cfg.seed)
+    model = unet.build(cfg.model, cfg.t_dim).to(world.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=world.device.type != "mps"
+    )
+    say(
+        f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}, "
+        f"{cfg.precision}; {cfg.epochs} epochs of {cfg.batch_size}-image batches"
+    )
+    run = argparse.Namespace(step=0, log=[], seconds=0.0, loss_sum=torch.zeros((), device=world.device), data=about)
+    run.in_the_way, run.interim, run.unsaved = in_the_way, None, None
+    if saved:
+        resume(saved, cfg, world, model, optimizer, run, say)
+        if run.step > (run.log[-1]["step"] if run.log else 0) and Path(cfg.resume).parent == Path(cfg.out_dir):
+            run.interim = Path(cfg.resume)
 
-    train(cfg, model, optimizer, x_train, x_test, rank, world, log, step, save, report)
-    if world > 1:
+    board = open_tensorboard(cfg.out_dir) if cfg.tensorboard and world.rank == 0 else None
+    save = functools.partial(save_run, cfg, world, model, optimizer, run, say)
+
+    def report(seconds_left):
+        if world.rank == 0:
+            report_epoch(cfg, model, x_test, run, board, seconds_left, say)
+
+    handlers = {signum: signal.signal(signum, note_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train(cfg, world, model, optimizer, x_train, x_test, run, save, report)
+    except Stopped as stop:
+        save()
+        say(f"stopped after step {run.step:,}; go on with --resume auto --out-dir {cfg.out_dir}")
+        code = 128 + stop.args[0]
+    except RuntimeError as error:
+        if "onnection" not in str(error) or world.size == 1:  # what gloo and NCCL say when a peer is gone
+            raise
+        raise checkpoint.CheckpointError(f"process {world.rank} lost another one; go on with --resume auto") from None
+    else:
+        code = 0
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    if world.size > 1:
         dist.destroy_process_group()
+    if run.unsaved:
+        raise checkpoint.CheckpointError(f"{run.unsaved}; make room and go on with --resume auto")
+    if lock:
+        lock.close()
+    if code:
+        sys.exit(code)
 
 
 def write_log(path, log):
@@ -323,4 +445,4 @@ def to_tensorboard(board, row, grid):
 
 
 if __name__ == "__main__":
-    config.run(main, data.DataError, checkpoint.CheckpointError, FloatingPointError)
+    config.run(main, *MISTAKES)

@@ -71,7 +71,9 @@ def main():
         precision = config.pick_precision(cfg.precision, device)
         model, trained = checkpoint.load_model(cfg.weights, device)
         for name, images in (("real", real), ("leaves", made)):
-            loss = train.held_out_loss(model, images.to(device), trained["noise_steps"], precision)
+            loss = train.held_out_loss(
+                model, images.to(device), trained["noise_steps"], precision, train.World(0, 1, 0, device)
+            )
             print(f"held-out loss of {cfg.weights} (trained on {trained['dataset']}) on {name} images: {loss:.4f}")
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,3 +38,30 @@ def script(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def run(pictures, tmp_path, monkeypatch):
+    """run("--epochs", 2): train.main() on the pictures, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        where = () if "--resume" in args or "--dataset" in args else ("--dataset", "folder", "--data-dir", pictures)
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, (*where, *args))])
+        train.main()
+
+    return run
+
+
+SMALL = ("--t-dim", 8, "--batch-size", 4, "--warmup-steps", 0, "--device", "cpu")
+
+
+def states_equal(a, b):
+    """Whether two checkpoints hold the same bits, times of day aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(
+            states_equal(a[k], b[k]) for k in a if k not in ("seconds", "images_per_second")
+        )
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

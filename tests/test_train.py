@@ -3,12 +3,12 @@
 import argparse
 import csv
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from conftest import SMALL, states_equal
 from PIL import Image
 
 import checkpoint
@@ -17,34 +17,6 @@ import data
 import diffusion
 import train
 import unet
-
-
-@pytest.fixture
-def run(pictures, tmp_path, monkeypatch):
-    """run("--epochs", 2): train.main() on the pictures, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        where = () if "--resume" in args or "--dataset" in args else ("--dataset", "folder", "--data-dir", pictures)
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, (*where, *args))])
-        train.main()
-
-    return run
-
-
-SMALL = ("--t-dim", 8, "--batch-size", 4, "--warmup-steps", 0, "--device", "cpu")
-
-
-def states_equal(a, b):
-    """Whether two checkpoints hold the same bits, times of day aside."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(
-            states_equal(a[k], b[k]) for k in a if k not in ("seconds", "images_per_second")
-        )
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(states_equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
 
 # ---- the recipe -------------------------------------------------------------------------------------------------
 
@@ -120,10 +92,10 @@ def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
             return 0.5 * (x + 1) / (t / 10).view(-1, 1, 1, 1)
 
     seen = []
-    loss = train.held_out_loss(Half(), images, 10, torch.float32)
+    loss = train.held_out_loss(Half(), images, 10, torch.float32, train.World(0, 1, 0, torch.device("cpu")))
     assert loss == pytest.approx(0.25, rel=0.01)  # half of each eps is missing
     assert torch.bincount(torch.cat(seen)).tolist() == [0] + [100] * 9
-    assert loss == train.held_out_loss(Half(), images, 10, torch.float32)
+    assert loss == train.held_out_loss(Half(), images, 10, torch.float32, train.World(0, 1, 0, torch.device("cpu")))
 
 
 # ---- what a run leaves ------------------------------------------------------------------------------------------
