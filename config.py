@@ -49,7 +49,7 @@ SETTINGS = {
     # data
     "dataset": Setting("auto", ("auto", "cifar10", "folder", "leaves"), "images; auto: cifar10 if it is on disk or can be downloaded, else leaves"),
     "data_dir": Setting("data", str, "folder the images are in, or are downloaded or cached to"),
-    "crops_per_image": Setting(64, count(), "random 32x32 crops from each larger training image of a folder"),
+    "crops_per_image": Setting(64, number(int, 1, 100_000), "random 32x32 crops from each larger training image of a folder"),
     "skip_bad_images": Setting(False, bool, "count and leave out unreadable or too small images of a folder, instead of stopping"),
     "max_pixels": Setting(100_000_000, count(), "pixels of the largest image that is read; a small file can hold a huge one"),
     "limit": Setting(None, count(), "use at most this many images of each split; None: all"),
@@ -57,7 +57,7 @@ SETTINGS = {
     "noise_steps": Setting(10, count(2), "T: noise steps; sigma = t / T with t from 1 to T-1"),
     # network
     "model": Setting("unet", ("unet", "plain"), "network; plain: the control without time conditioning"),
-    "t_dim": Setting(256, count(), "width of the time embedding, channels"),
+    "t_dim": Setting(256, number(int, 1, 65536), "width of the time embedding, channels"),
     # optimization
     "preset": Setting("default", ("default", "reference"), "defaults of this group; reference: the textbook recipe"),
     "epochs": Setting(10, count(), "passes over the training images; the learning rate schedule spans them"),
@@ -85,7 +85,7 @@ SETTINGS = {
     "iterations": Setting(1000, count(), "optimizer updates at most"),
     "target": Setting(1e-5, positive, "loss at which the check has passed"),
     "weights": Setting(None, str, "checkpoint to use; None: the newest of --out-dir"),
-    "images": Setting(6, count(), "test images in the figure"),
+    "images": Setting(6, number(int, 1, 40), "test images in the figure"),
     "trials": Setting(20, count(), "kills; ten times as many files are damaged"),
     "curves": Setting(False, bool, "draw the loss curves of log.csv in --out-dir, not the grid"),
 }  # fmt: skip
@@ -159,6 +159,11 @@ def run(main, *mistakes):
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full; use a smaller --batch-size, or --device cpu")
+    except RuntimeError as error:
+        if "onnection" not in str(error) or os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        # What gloo and NCCL say when a peer is gone.
+        sys.exit("error: another process of the run ended; see its message, then go on with --resume auto")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

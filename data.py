@@ -93,9 +93,12 @@ def resolve(dataset, data_dir):
         return "leaves"
 
 
-def fingerprint(images):
-    """16 hexadecimal digits that tell whether two runs train on the same images."""
-    return hashlib.sha256(images.numpy().data).hexdigest()[:16]
+def fingerprint(*splits):
+    """16 hexadecimal digits that tell whether two runs have the same images."""
+    sha = hashlib.sha256()
+    for images in splits:
+        sha.update(images.numpy().data)
+    return sha.hexdigest()[:16]
 
 
 # ---- batches ----------------------------------------------------------------------------------------------------
@@ -291,7 +294,9 @@ def read_image(path, max_pixels=100_000_000):
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return np.array(image.convert("RGB"))
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
-        raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
+        raise DataError(
+            f"{path} cannot be read as an image ({error}); repair or remove it, or add --skip-bad-images"
+        ) from None
 
 
 # ---- built-in images --------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ import diffusion
 import unet
 import visualize
 
-SETTINGS = "dataset data_dir noise_steps t model t_dim iterations target lr seed device out_dir"
+SETTINGS = (
+    "dataset data_dir skip_bad_images max_pixels noise_steps t model t_dim iterations target lr seed device out_dir"
+)
 
 
 def overfit(model, x0, eps, t, T, iterations, target, lr):
@@ -42,7 +44,9 @@ def main():
     if cfg.t >= cfg.noise_steps:
         raise config.ConfigError(f"--t {cfg.t} is outside 1 ... {cfg.noise_steps - 1}; lower it or raise --noise-steps")
     device = config.pick_device(cfg.device)
-    images, source = data.load("test", cfg.dataset, cfg.data_dir)
+    images, source = data.load(
+        "test", cfg.dataset, cfg.data_dir, skip_bad_images=cfg.skip_bad_images, max_pixels=cfg.max_pixels
+    )
     print(f"data: one of {source}")
     x0 = data.scale(images[:1].to(device))
     eps = torch.randn(x0.shape, generator=data.generator("cpu", cfg.seed, data.NOISE, 0)).to(device)

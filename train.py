@@ -10,6 +10,7 @@ Writes model/unet32_e{epoch}.pth (epochs counted from 0) and model/log.csv, a ro
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import io
@@ -90,7 +91,7 @@ def held_out_loss(model, images, T, precision, world, batch_size=250):
     for buffer in model.buffers() if world.size > 1 else ():  # each rank has BatchNorm statistics of its own share
         dist.broadcast(buffer, 0)
     starts = range(0, len(images), world.size * batch_size)
-    for turn, start in enumerate(tqdm(starts, "held-out loss", delay=2, leave=False, disable=world.rank > 0)):
+    for start in tqdm(starts, "held-out loss", delay=2, leave=False, disable=world.rank > 0):
         i = start + world.rank * batch_size
         if i < len(images):
             x0 = data.scale(images[i : i + batch_size])
@@ -99,7 +100,7 @@ def held_out_loss(model, images, T, precision, world, batch_size=250):
             eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)).to(device)
             with config.autocast(device, precision):
                 total += len(x0) * diffusion.noise_loss(model, x0, eps, t, T)
-        heed_signals(world, turn)
+        heed_signals(world)
     model.train()
     return float(sum_over_ranks(total, world)) / len(images)
 
@@ -111,14 +112,14 @@ def sum_over_ranks(x, world):
 
 
 def finite(loss, step, lr):
-    """The loss, a tensor, as a float."""
-    loss = loss.item()
+    """The loss, a number or a tensor, as a float."""
+    loss = float(loss)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} by step {step} at a learning rate of {lr:.1e}; lower --lr")
     return loss
 
 
-def heed_signals(world, turn):
+def heed_signals(world, turn=0):
     """Raise Stopped if a signal came to any rank; ranks ask one another every 8 turns, so that all stop at the same."""
     if world.size > 1 and turn % 8 == 0:
         came = torch.tensor(Stopped.signal, device=world.device)
@@ -131,7 +132,8 @@ def heed_signals(world, turn):
 
 def note_signal(signum, frame):
     Stopped.signal = signum
-    signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+    if signum == signal.SIGINT:  # a second Ctrl-C ends the process at once; launchers repeat the other signals
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
@@ -182,14 +184,14 @@ def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
             heed_signals(world, run.step)
         train_loss = sum_over_ranks(run.loss_sum.clone(), world) / world.size / steps_per_epoch
         train_loss, speed = finite(train_loss, run.step, lr), cfg.batch_size * steps_per_epoch / run.seconds
-        test_loss = held_out_loss(model, x_test, T, precision, world)
+        test_loss = finite(held_out_loss(model, x_test, T, precision, world), run.step, lr)
         seconds = (run.log[-1]["seconds"] if run.log else 0) + time.time() - epoch_started
         row = (epoch, run.step, train_loss, test_loss, lr, round(speed, 1), round(seconds, 1))
         run.log.append(dict(zip(LOG_COLUMNS, row)))
         run.loss_sum, run.seconds = torch.zeros_like(run.loss_sum), 0.0
-        report(seconds_left())
         if (epoch + 1) % cfg.save_model_epochs == 0 or epoch + 1 == cfg.epochs:
             save()
+        report(seconds_left())
 
 
 def progress_bar(batches, name, done, steps_per_epoch, world):
@@ -213,26 +215,36 @@ def take_settings_of(saved, cfg):
 
 def find_start(cfg):
     """The state to resume from (None: a new run) and the checkpoints to delete; refuses to harm those of another run."""
-    saved, epoch, in_the_way = None, -1, checkpoint.in_folder(cfg.out_dir)
-    if cfg.resume:
+    saved, in_the_way = None, checkpoint.in_folder(cfg.out_dir)
+    if cfg.resume is not None:
         needs = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
         if cfg.resume == "auto":
             cfg.resume, saved = checkpoint.load_newest(cfg.out_dir, needs)
             in_the_way = []  # what is newer is damaged
         else:
             saved = checkpoint.load(cfg.resume, needs=needs)
+            if Path(cfg.out_dir).resolve() == Path(cfg.resume).resolve().parent:
+                place = checkpoint.place_of(cfg.resume) or (saved["epoch"], 0)
+                in_the_way = [path for path in in_the_way if checkpoint.place_of(path) > place]
         take_settings_of(saved, cfg)
-        if "out_dir" not in cfg.given:
-            cfg.out_dir = str(Path(cfg.resume).parent)
-        if Path(cfg.out_dir).resolve() == Path(cfg.resume).resolve().parent:
-            epoch = saved["epoch"]
-    in_the_way = [path for path in in_the_way if checkpoint.epoch_of(path) > epoch]
     if in_the_way and not cfg.overwrite:
         raise checkpoint.CheckpointError(
             f"{cfg.out_dir} already holds {in_the_way[-1].name}; go on from it with --resume auto, "
             "choose another --out-dir, or delete what is there with --overwrite"
         )
     return saved, in_the_way
+
+
+def lock_folder(cfg):
+    """Take --out-dir for this run, by default the folder of the checkpoint that --resume names."""
+    if cfg.resume not in (None, "auto"):
+        if not Path(cfg.resume).is_file():
+            raise checkpoint.CheckpointError(
+                f"{cfg.resume} does not exist; train.py names every checkpoint that it saves"
+            )
+        if "out_dir" not in cfg.given:
+            cfg.out_dir = str(Path(cfg.resume).parent)
+    return checkpoint.lock(cfg.out_dir) if os.environ.get("RANK", "0") == "0" else None
 
 
 def join_world(cfg):
@@ -268,7 +280,7 @@ def load_images(cfg, world):
         raise config.ConfigError(
             f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}; lower --batch-size"
         )
-    about = dict(source=source, test_source=test_source, fingerprint=data.fingerprint(x_train))
+    about = dict(source=source, test_source=test_source, fingerprint=data.fingerprint(x_train, x_test))
     return x_train.to("cpu" if cfg.loader == "pil" else world.device), x_test.to(world.device), about
 
 
@@ -292,22 +304,26 @@ def resume(saved, cfg, world, model, optimizer, run, say):
         say(f"{world.size} processes go on where {len(sums)} stood: the same images and noise, but not bit for bit")
     if cfg.epochs != saved["config"]["epochs"]:
         say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {saved['config']['epochs']}")
+    if world.rank == 0 and run.log:
+        write_log(Path(cfg.out_dir) / "log.csv", run.log)  # which may have run ahead, or be in another folder
     if len(run.log) >= cfg.epochs:
         say("nothing is left to train; give a larger --epochs to go on")
 
 
 def save_run(cfg, world, model, optimizer, run, say):
-    """Save where the run stands as unet32_e{epoch}.pth. If the disk fails, say so: the next save tries again."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise FloatingPointError(f"weights are not finite by step {run.step}; they are not saved; lower --lr")
+    """Save where the run stands; returns whether it is on the disk. If the disk fails, the next save tries again."""
     sums = torch.zeros(world.size, device=world.device)
     sums[world.rank] = run.loss_sum
     sum_over_ranks(sums, world)
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    if not all(x.isfinite().all() for x in (sums, *model.state_dict().values(), *moments)):
+        lr = optimizer.param_groups[0]["lr"]
+        raise FloatingPointError(f"not finite by step {run.step} at a learning rate of {lr:.1e}, not saved; lower --lr")
     if world.rank > 0 or run.step == 0:
-        return
-    inside_epoch = run.step != (run.log[-1]["step"] if run.log else 0)
-    epoch = len(run.log) - (not inside_epoch)
-    path = checkpoint.path_of(cfg.out_dir, epoch)
+        return False
+    finished = bool(run.log) and run.log[-1]["step"] == run.step
+    epoch = len(run.log) - finished
+    path = checkpoint.path_of(cfg.out_dir, epoch, None if finished else run.step)
     state = dict(
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
@@ -320,17 +336,19 @@ def save_run(cfg, world, model, optimizer, run, say):
         seconds=run.seconds,
     )
     try:
-        while run.in_the_way:  # of --overwrite: the old run goes when there is something to put in its place
-            run.in_the_way.pop().unlink(missing_ok=True)
-        checkpoint.save(path, state)
-        if run.interim and run.interim != path:  # a save inside an epoch is superseded by the next save
-            run.interim.unlink(missing_ok=True)
+        checkpoint.save(path, state, instead_of=run.in_the_way)
     except OSError as error:
         run.unsaved = f"{path} could not be saved ({error})"
-        print(f"WARNING: {run.unsaved}; training goes on, the next save tries again", file=sys.stderr)
-        return
-    run.unsaved, run.interim = None, path if inside_epoch else None
+        say(f"WARNING: {run.unsaved}; training goes on, the next save tries again", file=sys.stderr)
+        return False
+    run.unsaved, run.in_the_way = None, []
     say(f"model saved: {path}")
+    # Saves inside an epoch are kept until a finished one takes their place; of themselves, the last two.
+    inside = [old for old in checkpoint.in_folder(cfg.out_dir) if checkpoint.place_of(old)[1] < math.inf]
+    for old in inside if finished else inside[:-2]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return True
 
 
 def report_epoch(cfg, model, x_test, run, board, seconds_left, say):
@@ -351,17 +369,23 @@ def report_epoch(cfg, model, x_test, run, board, seconds_left, say):
         if board:
             to_tensorboard(board, row, grid)
     except OSError as error:  # the next checkpoint holds the log too
-        print(f"WARNING: log or figure could not be saved ({error}); training goes on", file=sys.stderr)
+        say(f"WARNING: log or figure could not be saved ({error}); training goes on", file=sys.stderr)
+
+
+def speak(*text, file=None):
+    """print, whatever becomes of the reader: a closed pipe or a full disk must not end a training."""
+    with contextlib.suppress(OSError):
+        print(*text, file=file, flush=True)
 
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
+    lock = lock_folder(cfg)  # before anything is looked up in it
+    saved, run_in_the_way = find_start(cfg)
     if cfg.loader == "pil" and cfg.flip:
         raise config.ConfigError("--loader pil does not mirror images; add --no-flip")
-    saved, in_the_way = find_start(cfg)
     world = join_world(cfg)
-    say = functools.partial(print, flush=True) if world.rank == 0 else lambda *_: None
-    lock = checkpoint.lock(cfg.out_dir) if world.rank == 0 else None
+    say = speak if world.rank == 0 else lambda *text, file=None: None
     cfg.precision = str(config.pick_precision(cfg.precision, world.device)).removeprefix("torch.")
     x_train, x_test, about = load_images(cfg, world)
     say(f"data: {about['source']}; {about['test_source']}")
@@ -375,12 +399,17 @@ def main():
         f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}, "
         f"{cfg.precision}; {cfg.epochs} epochs of {cfg.batch_size}-image batches"
     )
-    run = argparse.Namespace(step=0, log=[], seconds=0.0, loss_sum=torch.zeros((), device=world.device), data=about)
-    run.in_the_way, run.interim, run.unsaved = in_the_way, None, None
+    run = argparse.Namespace(
+        step=0,
+        log=[],
+        seconds=0.0,  # of the epoch under way
+        loss_sum=torch.zeros((), device=world.device),  # of the steps of the epoch under way, on this rank
+        data=about,
+        in_the_way=run_in_the_way,  # checkpoints of an older run, to be deleted by --overwrite
+        unsaved=None,  # what was wrong with the last save
+    )
     if saved:
         resume(saved, cfg, world, model, optimizer, run, say)
-        if run.step > (run.log[-1]["step"] if run.log else 0) and Path(cfg.resume).parent == Path(cfg.out_dir):
-            run.interim = Path(cfg.resume)
 
     board = open_tensorboard(cfg.out_dir) if cfg.tensorboard and world.rank == 0 else None
     save = functools.partial(save_run, cfg, world, model, optimizer, run, say)
@@ -389,28 +418,25 @@ def main():
         if world.rank == 0:
             report_epoch(cfg, model, x_test, run, board, seconds_left, say)
 
+    code, Stopped.signal = 0, 0
     handlers = {signum: signal.signal(signum, note_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         train(cfg, world, model, optimizer, x_train, x_test, run, save, report)
     except Stopped as stop:
-        save()
-        say(f"stopped after step {run.step:,}; go on with --resume auto --out-dir {cfg.out_dir}")
         code = 128 + stop.args[0]
-    except RuntimeError as error:
-        if "onnection" not in str(error) or world.size == 1:  # what gloo and NCCL say when a peer is gone
-            raise
-        raise checkpoint.CheckpointError(f"process {world.rank} lost another one; go on with --resume auto") from None
-    else:
-        code = 0
+        say(f"stopped after step {run.step:,}")
+        if save():
+            say(f"go on with --resume auto --out-dir {cfg.out_dir}")
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     if world.size > 1:
+        dist.barrier()  # nobody ends, and is taken for a failure, before rank 0 has saved
         dist.destroy_process_group()
-    if run.unsaved:
-        raise checkpoint.CheckpointError(f"{run.unsaved}; make room and go on with --resume auto")
     if lock:
         lock.close()
+    if run.unsaved:
+        raise checkpoint.CheckpointError(f"{run.unsaved}; make room and go on with --resume auto")
     if code:
         sys.exit(code)
 

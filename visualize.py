@@ -87,6 +87,8 @@ def read_figure(path):
 
 def curves(log, path):
     """Save the training and held-out loss by epoch from the rows of log.csv."""
+    if not log:
+        raise ValueError("no rows")
     epochs = [int(row["epoch"]) + 1 for row in log]
     figure = Figure((7, 4), layout="constrained")
     ax = figure.subplots()
@@ -106,7 +108,7 @@ def save_figure(figure, path):
 
 
 def main():
-    cfg = config.parse(__doc__, "weights out_dir dataset data_dir images curves device")
+    cfg = config.parse(__doc__, "weights out_dir dataset data_dir skip_bad_images max_pixels images curves device")
     res = Path(cfg.out_dir) / "res"
     if cfg.curves:
         log = Path(cfg.out_dir) / "log.csv"
@@ -117,15 +119,20 @@ def main():
         with open(log, newline="") as file:
             rows = list(csv.DictReader(file))
         path = res / "curves.png"
-        curves(rows, path)
+        try:
+            curves(rows, path)
+        except (KeyError, ValueError, TypeError, csv.Error):
+            raise config.ConfigError(f"{log} is empty or damaged; train.py --resume auto writes it anew") from None
     else:
         weights = Path(cfg.weights or checkpoint.newest(cfg.out_dir))
         if "out_dir" not in cfg.given:
             res = weights.parent / "res"
         model, trained = checkpoint.load_model(weights, config.pick_device(cfg.device))
-        for name in {"dataset", "data_dir"} - cfg.given:
+        for name in {"dataset", "data_dir", "skip_bad_images", "max_pixels"} & trained.keys() - cfg.given:
             setattr(cfg, name, trained[name])
-        images, source = data.load("test", cfg.dataset, cfg.data_dir)
+        images, source = data.load(
+            "test", cfg.dataset, cfg.data_dir, skip_bad_images=cfg.skip_bad_images, max_pixels=cfg.max_pixels
+        )
         print(f"data: {source}; weights: {weights}")
         path = res / f"comparison_result_{weights.stem}.png"
         comparison_grid(model, images, trained["noise_steps"], path, cfg.images)

@@ -88,8 +88,8 @@ def kill_runs(kills):
             if status == -signal.SIGKILL:
                 counts["kills"] += 1
                 bar.update()
-                counts["inside a save"] += bool(list(Path(folder).glob(".*.pth*.tmp")))
-                now = checkpoint.load_newest(folder)[1]["step"] if checkpoint.in_folder(folder) else 0
+                counts["inside a save"] += bool(list(Path(folder).glob(f".*.{child}.tmp")))
+                now = checkpoint.load(checkpoint.newest(folder))["step"] if checkpoint.in_folder(folder) else 0
                 counts["work lost"] += now < step  # what was saved once is never gone
                 step = now
                 continue
@@ -100,6 +100,7 @@ def kill_runs(kills):
                 )
             else:
                 counts["failures"] += 1
+                break
             folder, step = f"run{counts['runs finished'] + counts['failures']}", 0
             for path in Path(".").glob("run*/*.pth"):
                 path.unlink()
@@ -108,11 +109,15 @@ def kill_runs(kills):
 
 def damage(content, rng):
     """A copy of `content` with one kind of damage."""
-    content, place = bytearray(content), rng.randrange(len(content))
+    content = bytearray(content)
+    # Anywhere, or near the ends, where the archive's directory and the pickled structure are.
+    ends = [*range(65536), *range(len(content) - 65536, len(content))]
+    place = rng.choice(ends) if rng.random() < 0.5 else rng.randrange(len(content))
     kind = rng.choice(("flip one bit", "flip ten bits", "cut off", "zero a block", "overwrite a block"))
     if kind.startswith("flip"):
         for _ in range(1 if "one" in kind else 10):
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            content[place] ^= 1 << rng.randrange(8)
+            place = min(len(content) - 1, place + rng.randrange(50))
     elif kind == "cut off":
         del content[place:]
     else:

@@ -191,7 +191,7 @@ def test_what_cannot_be_resumed_is_said(run, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"nowhere.pth does not exist"):
         run("--resume", "nowhere.pth")
     (tmp_path / "junk.pth").write_bytes(b"junk")
-    with pytest.raises(checkpoint.CheckpointError, match=r"junk.pth is damaged or not a checkpoint"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"junk.pth is damaged, or is not a checkpoint"):
         run("--resume", "junk.pth")
     torch.save({"model": {}, "optimizer": {}, "config": {"n_layer": 12}}, "other.pth")
     with pytest.raises(checkpoint.CheckpointError, match=r"other.pth is not a checkpoint of this project"):
