@@ -60,7 +60,7 @@ class World(NamedTuple):
 class Stopped(Exception):
     """A signal asks the run to end: Ctrl-C, or SIGTERM, with which clusters take a machine back."""
 
-    signal = 0  # the one that came, 0 before
+    signal = 0  # the one that came, 0 before; kept here by the handler, which must do no more than note it
 
 
 def lr_at(step, cfg, steps_per_epoch):
@@ -151,10 +151,11 @@ def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
     make_batches = data.pil_batches if cfg.loader == "pil" else data.batches
     share = slice(world.rank * cfg.batch_size // world.size, (world.rank + 1) * cfg.batch_size // world.size)
     steps_per_epoch = len(x_train) // cfg.batch_size
-    first_step, started, shown = run.step, time.time(), time.time()
+    shown = time.time()
 
     def seconds_left():
-        return (time.time() - started) / max(1, run.step - first_step) * (cfg.epochs * steps_per_epoch - run.step)
+        spent = (run.log[-1]["seconds"] if run.log else 0) + run.seconds
+        return spent / run.step * (cfg.epochs * steps_per_epoch - run.step)
 
     for epoch in range(len(run.log), cfg.epochs):
         done = run.step - epoch * steps_per_epoch  # not 0 where the run was stopped inside this epoch
@@ -381,7 +382,7 @@ def speak(*text, file=None):
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     lock = lock_folder(cfg)  # before anything is looked up in it
-    saved, run_in_the_way = find_start(cfg)
+    saved, in_the_way = find_start(cfg)
     if cfg.loader == "pil" and cfg.flip:
         raise config.ConfigError("--loader pil does not mirror images; add --no-flip")
     world = join_world(cfg)
@@ -405,7 +406,7 @@ def main():
         seconds=0.0,  # of the epoch under way
         loss_sum=torch.zeros((), device=world.device),  # of the steps of the epoch under way, on this rank
         data=about,
-        in_the_way=run_in_the_way,  # checkpoints of an older run, to be deleted by --overwrite
+        in_the_way=in_the_way,  # checkpoints of an older run, to be deleted by --overwrite
         unsaved=None,  # what was wrong with the last save
     )
     if saved:
