@@ -1,7 +1,7 @@
 """Checkpoints: one plain dict a file, written atomically and read as data, never as code.
 
 save(path, state)
-state = load(path)                    # model, optimizer, epoch, step, config, ...
+state = load(path)                          # model, optimizer, epoch, step, config, ...
 model, config = load_model(path, device)
 """
 

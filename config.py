@@ -1,7 +1,7 @@
 """Every setting of every script, with its unit and default; each command line is built from this table.
 
 cfg = parse(__doc__, "dataset epochs")      # the flags --dataset and --epochs, and --help
-run(main, DataError)                              # main(), a mistake of the user's said in one line
+run(main, DataError)                        # main(), a mistake of the user's said in one line
 """
 
 import argparse

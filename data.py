@@ -1,6 +1,6 @@
 """Images as one uint8 tensor (N, 3, 32, 32), and batches of them as float32 in [-1, 1].
 
-images, source = load("train", "auto", "data")      # "cifar10", "folder", "leaves" or "auto"
+images, source = load("train", "auto", "data")       # "cifar10", "folder", "leaves" or "auto"
 for x0 in batches(images, 16, seed=0, epoch=0): ...  # (16, 3, 32, 32)
 """
 
@@ -160,6 +160,7 @@ def pil_batches(images, batch_size, seed, epoch, flip=False, rank=0, world=1, st
 # ---- CIFAR-10 ---------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=2)  # a split is checksummed and read once, also when resolve has tried it
 def cifar10(split, data_dir):
     """CIFAR-10 (Krizhevsky 2009) as torchvision keeps it, downloaded and checksummed when absent."""
     timeout = socket.getdefaulttimeout()
@@ -306,13 +307,13 @@ def cached_leaves(split, data_dir, seed=0):
     """50,000 training or 10,000 test dead leaves, made once (under a minute on two cores) and kept in data_dir."""
     recipe = zlib.crc32(Path(leaves.__file__).read_bytes())  # a changed leaves.py makes other images
     path = Path(data_dir) / f"leaves-{split}-{seed}-{recipe:08x}.npy"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         return torch.from_numpy(np.load(path))
     except (OSError, ValueError, EOFError):  # not there yet, or damaged
         pass
     progress = tqdm(LEAVES_CHUNKS[split], f"making {split} images", leave=False, mininterval=1)
     images = torch.cat([leaves.dead_leaves(250, generator("cpu", seed, LEAVES, i)) for i in progress])
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

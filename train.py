@@ -91,7 +91,7 @@ def held_out_loss(model, images, T, precision, world, batch_size=250):
     for buffer in model.buffers() if world.size > 1 else ():  # each rank has BatchNorm statistics of its own share
         dist.broadcast(buffer, 0)
     starts = range(0, len(images), world.size * batch_size)
-    for start in tqdm(starts, "held-out loss", delay=2, leave=False, disable=world.rank > 0):
+    for start in progress_bar(starts, "held-out loss", world, delay=2, leave=False):
         i = start + world.rank * batch_size
         if i < len(images):
             x0 = data.scale(images[i : i + batch_size])
@@ -161,7 +161,7 @@ def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
         done = run.step - epoch * steps_per_epoch  # not 0 where the run was stopped inside this epoch
         epoch_started, lr = time.time() - run.seconds, lr_at(run.step - 1, cfg, steps_per_epoch)
         batches = make_batches(x_train, cfg.batch_size, cfg.seed, epoch, cfg.flip, world.rank, world.size, done)
-        bar = progress_bar(batches, f"Epoch {epoch + 1}/{cfg.epochs}", done, steps_per_epoch, world)
+        bar = progress_bar(batches, f"Epoch {epoch + 1}/{cfg.epochs}", world, initial=done, total=steps_per_epoch)
         for i, x0 in enumerate(bar, done + 1):
             lr = lr_at(run.step, cfg, steps_per_epoch)
             for group in optimizer.param_groups:
@@ -195,9 +195,9 @@ def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
         report(seconds_left())
 
 
-def progress_bar(batches, name, done, steps_per_epoch, world):
+def progress_bar(items, name, world, **options):
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file a line every half minute is enough
-    return tqdm(batches, name, steps_per_epoch, initial=done, disable=world.rank > 0, mininterval=interval)
+    return tqdm(items, name, disable=world.rank > 0, mininterval=interval, **options)
 
 
 def take_settings_of(saved, cfg):
@@ -240,9 +240,7 @@ def lock_folder(cfg):
     """Take --out-dir for this run, by default the folder of the checkpoint that --resume names."""
     if cfg.resume not in (None, "auto"):
         if not Path(cfg.resume).is_file():
-            raise checkpoint.CheckpointError(
-                f"{cfg.resume} does not exist; train.py names every checkpoint that it saves"
-            )
+            return None  # find_start refuses it; a folder must not come into being by a wrong name
         if "out_dir" not in cfg.given:
             cfg.out_dir = str(Path(cfg.resume).parent)
     return checkpoint.lock(cfg.out_dir) if os.environ.get("RANK", "0") == "0" else None
