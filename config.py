@@ -7,6 +7,7 @@ run(main, DataError)                        # main(), a mistake of the user's sa
 import argparse
 import math
 import os
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -160,9 +161,9 @@ def run(main, *mistakes):
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full; use a smaller --batch-size, or --device cpu")
     except RuntimeError as error:
-        if "onnection" not in str(error) or os.environ.get("WORLD_SIZE", "1") == "1":
+        # What gloo and NCCL say when a peer is gone: Connection closed, Connection reset, Broken pipe, ...
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|onnection", str(error)):
             raise
-        # What gloo and NCCL say when a peer is gone.
         sys.exit("error: another process of the run ended; see its message, then go on with --resume auto")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -427,7 +427,8 @@ def main():
         if save():
             say(f"go on with --resume auto --out-dir {cfg.out_dir}")
     finally:
-        for signum, handler in handlers.items():
+        # torchrun sends SIGTERM when a peer is gone: it must not cut short what there is to say of it.
+        for signum, handler in handlers.items() if world.size == 1 else ():
             signal.signal(signum, handler)
     if world.size > 1:
         dist.barrier()  # nobody ends, and is taken for a failure, before rank 0 has saved
