@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -137,6 +136,8 @@ class PILImages(torch.utils.data.Dataset):
     """The images as a torchvision data set would give them: PIL images through ToTensor and Normalize."""
 
     def __init__(self, images):
+        import torchvision
+
         self.images = images.permute(0, 2, 3, 1).numpy()
         self.transform = torchvision.transforms.Compose(
             [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
@@ -163,6 +164,8 @@ def pil_batches(images, batch_size, seed, epoch, flip=False, rank=0, world=1, st
 @functools.lru_cache(maxsize=2)  # a split is checksummed and read once, also when resolve has tried it
 def cifar10(split, data_dir):
     """CIFAR-10 (Krizhevsky 2009) as torchvision keeps it, downloaded and checksummed when absent."""
+    import torchvision  # takes longer than PyTorch, and the other data sets have no use for it
+
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -197,7 +200,8 @@ def folder(split, data_dir, crops_per_image=64, seed=0, skip_bad_images=False, m
     """The images below data_dir: data_dir/train and data_dir/test if both are there, else a fixed tenth is held out.
 
     A larger training image gives crops_per_image random crops, a larger test image its centre crop. An image that is
-    unreadable, too small or larger than max_pixels is an error that names it; skip_bad_images: it is left out.
+    unreadable, too small or larger than max_pixels is an error that names it; skip_bad_images: it is left out. What was
+    read is kept in data_dir, in one hidden file a split, for as long as no file changes.
     """
     root = Path(data_dir)
     if not os.path.isdir(root):
@@ -217,11 +221,13 @@ def folder(split, data_dir, crops_per_image=64, seed=0, skip_bad_images=False, m
                 f"{root / file} is {image.shape[1]}x{image.shape[0]} pixels, smaller than {SIZE}x{SIZE}; remove it"
             )
         if image.shape[:2] == (SIZE, SIZE):
-            return image[None]
-        room = np.array(image.shape[:2]) - SIZE
-        random = np.random.default_rng([seed, zlib.crc32(os.fsencode(file))])
-        corners = random.integers(0, room + 1, (crops_per_image, 2)) if split == "train" else [room // 2]
-        return np.stack([image[y : y + SIZE, x : x + SIZE] for y, x in corners])
+            corners = [(0, 0)]
+        elif split == "train":
+            random = np.random.default_rng([seed, zlib.crc32(os.fsencode(file))])
+            corners = random.integers(0, np.array(image.shape[:2]) - SIZE + 1, (crops_per_image, 2))
+        else:
+            corners = [(np.array(image.shape[:2]) - SIZE) // 2]
+        return np.stack([image[y : y + SIZE, x : x + SIZE].transpose(2, 0, 1) for y, x in corners])
 
     def crops_or_none(file):
         try:
@@ -231,21 +237,52 @@ def folder(split, data_dir, crops_per_image=64, seed=0, skip_bad_images=False, m
                 raise
             return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(
-            pool.map(crops_or_none, files), f"reading {split} images", len(files), delay=2, leave=False, mininterval=1
-        )
-        good = [image for image in progress if image is not None]
-    if len(good) < len(files):
-        print(
-            f"WARNING: left out {len(files) - len(good)} of {len(files)} {split} images of {data_dir}", file=sys.stderr
-        )
-    if not good:
-        raise DataError(
-            f"none of the {len(files)} {split} images in {root} can be used; see without --skip-bad-images why"
-        )
-    images = np.concatenate(good)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    def read():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            progress = tqdm(
+                pool.map(crops_or_none, files),
+                f"reading {split} images",
+                len(files),
+                delay=2,
+                leave=False,
+                mininterval=1,
+            )
+            good = [image for image in progress if image is not None]
+        if len(good) < len(files):
+            print(
+                f"WARNING: left out {len(files) - len(good)} of {len(files)} {split} images of {data_dir}",
+                file=sys.stderr,
+            )
+        if not good:
+            raise DataError(
+                f"none of the {len(files)} {split} images in {root} can be used; see without --skip-bad-images why"
+            )
+        return torch.from_numpy(np.concatenate(good))
+
+    key = hashlib.sha256(repr((crops_per_image, seed, skip_bad_images, max_pixels)).encode())
+    for file in files:
+        status = os.stat(root / file)
+        key.update(f"{file!r} {status.st_size} {status.st_mtime_ns}".encode())
+    return kept(Path(data_dir) / f".images-{split}-{key.hexdigest()[:16]}.npy", read)
+
+
+def kept(path, make):
+    """make(), a uint8 tensor, or the file that an earlier start kept of it; other versions of the file are deleted."""
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+        return torch.from_numpy(np.load(path))
+    images = make()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.save(file, images.numpy())
+        for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npy"):
+            old.unlink()
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        print(f"note: the images are not kept for the next start ({error})", file=sys.stderr)
+    return images
 
 
 def image_files(root):
@@ -305,21 +342,10 @@ def read_image(path, max_pixels=100_000_000):
 
 def cached_leaves(split, data_dir, seed=0):
     """50,000 training or 10,000 test dead leaves, made once (under a minute on two cores) and kept in data_dir."""
+
+    def make():
+        progress = tqdm(LEAVES_CHUNKS[split], f"making {split} images", leave=False, mininterval=1)
+        return torch.cat([leaves.dead_leaves(250, generator("cpu", seed, LEAVES, i)) for i in progress])
+
     recipe = zlib.crc32(Path(leaves.__file__).read_bytes())  # a changed leaves.py makes other images
-    path = Path(data_dir) / f"leaves-{split}-{seed}-{recipe:08x}.npy"
-    try:
-        return torch.from_numpy(np.load(path))
-    except (OSError, ValueError, EOFError):  # not there yet, or damaged
-        pass
-    progress = tqdm(LEAVES_CHUNKS[split], f"making {split} images", leave=False, mininterval=1)
-    images = torch.cat([leaves.dead_leaves(250, generator("cpu", seed, LEAVES, i)) for i in progress])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.save(file, images.numpy())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        print(f"note: the images are not kept for the next start ({error})", file=sys.stderr)
-    return images
+    return kept(Path(data_dir) / f"leaves-{split}-{seed}-{recipe:08x}.npy", make)

@@ -32,16 +32,17 @@ import checkpoint
 import config
 import data
 import diffusion
+import muon
 import unet
 import visualize
 
 SETTINGS = (
-    "dataset data_dir crops_per_image limit noise_steps model t_dim preset epochs batch_size lr beta2 weight_decay "
-    "warmup_steps schedule flip loader seed device precision out_dir save_model_epochs sample_every_epochs resume "
+    "dataset data_dir crops_per_image limit noise_steps model t_dim preset optimizer epochs batch_size lr beta2 "
+    "weight_decay warmup_steps schedule flip loader seed device precision compile out_dir save_model_epochs sample_every_epochs resume "
     "save_every_steps overwrite tensorboard skip_bad_images max_pixels"
 )
 # A resumed run takes every setting that was not typed from its checkpoint, but for these, which belong to a start;
-PER_START = {"device", "out_dir", "resume", "overwrite", "tensorboard"}
+PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "tensorboard"}
 # and a setting that was typed must not contradict the checkpoint, but for these, which do not make it another run.
 MAY_CHANGE = PER_START | {"data_dir", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
 MISTAKES = (data.DataError, checkpoint.CheckpointError, FloatingPointError)
@@ -75,6 +76,11 @@ def lr_at(step, cfg, steps_per_epoch):
     return cfg.lr * min(warmup, decay)
 
 
+def make_optimizer(cfg, model, device):
+    kind = muon.Muon if cfg.optimizer == "muon" else torch.optim.AdamW
+    return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=device.type != "mps")
+
+
 def draw_noise(shape, T, device, seed, step):
     """The noise of a step: t (B,), uniform on 1 ... T-1, and standard Gaussian eps of `shape`."""
     random = data.generator(device, seed, data.NOISE, step)
@@ -98,8 +104,10 @@ def held_out_loss(model, images, T, precision, world, batch_size=250):
             t = 1 + torch.arange(i, i + len(x0), device=device) % (T - 1)
             # Drawn on the CPU: the same noise on every kind of device.
             eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)).to(device)
-            with config.autocast(device, precision):
-                total += len(x0) * diffusion.noise_loss(model, x0, eps, t, T)
+            with config.autocast(
+                device, precision
+            ):  # .forward: as it is, where compiling for this batch is not worth it
+                total += len(x0) * diffusion.noise_loss(model.forward, x0, eps, t, T)
         heed_signals(world)
     model.train()
     return float(sum_over_ranks(total, world)) / len(images)
@@ -143,11 +151,7 @@ def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
     is due; report(seconds_left): called after an epoch. Raises FloatingPointError when the loss is not finite.
     """
     device, precision, T = world.device, getattr(torch, cfg.precision), cfg.noise_steps
-    net = model  # the raw module, which is what is saved, whatever wraps it
-    if world.size > 1:
-        if device.type == "cuda":  # BatchNorm over the whole batch, as on one device; PyTorch has it for CUDA only
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        net = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    net = wrap(model, cfg, world)  # `model` stays the raw module, which is what is saved
     make_batches = data.pil_batches if cfg.loader == "pil" else data.batches
     share = slice(world.rank * cfg.batch_size // world.size, (world.rank + 1) * cfg.batch_size // world.size)
     steps_per_epoch = len(x_train) // cfg.batch_size
@@ -193,6 +197,36 @@ def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
         if (epoch + 1) % cfg.save_model_epochs == 0 or epoch + 1 == cfg.epochs:
             save()
         report(seconds_left())
+
+
+def wrap(model, cfg, world):
+    """The network as the loop calls it: compiled in place if cfg.compile says so, and averaging gradients over the ranks."""
+    cuda = world.device.type == "cuda"
+    if world.size > 1 and cuda:  # BatchNorm over the whole batch, as on one device; PyTorch has it for CUDA only
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if cfg.compile or (cfg.compile is None and cuda):
+        # CUDA graphs launch the whole network at once: small batches would wait for the launches.
+        model.compile(mode="reduce-overhead" if cuda and world.size == 1 else "default", dynamic=False)
+        try_compiled(model, cfg, world)
+    return DistributedDataParallel(model, [world.device] if cuda else None) if world.size > 1 else model
+
+
+def try_compiled(model, cfg, world):
+    """Compile before the clock starts, on a batch of zeros; go on uncompiled where that fails."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    channels = next(model.enc1.parameters()).shape[1]
+    x = data.scale(torch.zeros(cfg.batch_size // world.size, channels, data.SIZE, data.SIZE, device=world.device))
+    try:
+        with config.autocast(world.device, getattr(torch, cfg.precision)):
+            loss = diffusion.noise_loss(model, x, x, torch.ones(len(x), dtype=torch.int64, device=x.device), 2)
+        loss.backward()
+    except Exception as error:  # no C++ compiler, no Triton, a GPU too old: each has its own kind
+        torch.compiler.set_stance("force_eager")
+        reason = str(error).strip().splitlines()[0]
+        print(f"WARNING: the network cannot be compiled here ({reason}); training without", file=sys.stderr)
+    model.zero_grad()
+    for buffer, before in zip(model.buffers(), buffers):  # BatchNorm has seen the zeros
+        buffer.copy_(before)
 
 
 def progress_bar(items, name, world, **options):
@@ -391,9 +425,7 @@ def main():
 
     torch.manual_seed(cfg.seed)
     model = unet.build(cfg.model, cfg.t_dim).to(world.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=world.device.type != "mps"
-    )
+    optimizer = make_optimizer(cfg, model, world.device)
     say(
         f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}, "
         f"{cfg.precision}; {cfg.epochs} epochs of {cfg.batch_size}-image batches"

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -246,6 +247,18 @@ def test_limit_is_a_fixed_choice_from_the_whole_split(pictures):
     rows = [int((whole == image).flatten(1).all(1).nonzero()) for image in few]
     assert len(set(rows)) == 5 and rows != list(range(5)) and source.startswith("5 train images")
     assert torch.equal(few, data.load("train", "folder", str(pictures), limit=5)[0])
+
+
+def test_a_folder_is_decoded_once_until_a_file_changes(pictures, tmp_path, monkeypatch):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    first = data.load("train", "folder", str(folder))[0]
+    with monkeypatch.context() as no_decoding:
+        no_decoding.setattr(data, "read_image", None)
+        assert torch.equal(data.load("train", "folder", str(folder))[0], first)
+    Image.new("RGB", (32, 32), "red").save(folder / "train" / "0.png")
+    second = data.load("train", "folder", str(folder))[0]
+    assert second[0].float().mean((1, 2)).tolist() == [255, 0, 0] and torch.equal(second[1:], first[1:])
+    assert len(list(folder.glob(".images-train-*.npy"))) == 1  # the outdated one is gone
 
 
 # ---- built-in images --------------------------------------------------------------------------------------------
