@@ -227,7 +227,8 @@ def folder(split, data_dir, crops_per_image=64, seed=0, skip_bad_images=False, m
             corners = random.integers(0, np.array(image.shape[:2]) - SIZE + 1, (crops_per_image, 2))
         else:
             corners = [(np.array(image.shape[:2]) - SIZE) // 2]
-        return np.stack([image[y : y + SIZE, x : x + SIZE].transpose(2, 0, 1) for y, x in corners])
+        windows = np.stack([image[y : y + SIZE, x : x + SIZE] for y, x in corners])
+        return np.ascontiguousarray(windows.transpose(0, 3, 1, 2))
 
     def crops_or_none(file):
         try:
