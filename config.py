@@ -90,6 +90,9 @@ SETTINGS = {
     "weights": Setting(None, str, "checkpoint to use; None: the newest of --out-dir"),
     "images": Setting(6, number(int, 1, 40), "test images in the figure"),
     "trials": Setting(20, count(), "kills; ten times as many files are damaged"),
+    "rounds": Setting(3, count(), "rounds of measurement, each of every recipe"),
+    "minutes": Setting(10.0, positive, "time that the reference recipe trains"),
+    "contenders": Setting(None, str, "Python file with more to race; None: the recipes of this repository"),
     "curves": Setting(False, bool, "draw the loss curves of log.csv in --out-dir, not the grid"),
 }  # fmt: skip
 

@@ -13,7 +13,10 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalize(m):
-    """The orthogonal factor U V^T of m = U S V^T, roughly (singular values 0.7 to 1.2): (rows, columns) -> the same, bfloat16."""
+    """The orthogonal factor U V^T of m = U S V^T, roughly: (rows, columns) -> the same, bfloat16.
+
+    Singular values become 0.7 to 1.2, smaller where they were below a hundredth of the norm of m.
+    """
     x = m.bfloat16()
     if tall := len(m) > len(m[0]):
         x = x.T

@@ -1,0 +1,49 @@
+"""Muon against the singular value decomposition and against PyTorch's own Muon and AdamW."""
+
+import pytest
+import torch
+from conftest import SMALL, states_equal
+
+import checkpoint
+import muon
+
+
+@pytest.mark.parametrize("shape", [(64, 576), (128, 27), (50, 80)])
+def test_orthogonalize_keeps_directions_and_equalizes_sizes(shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(m, full_matrices=False)
+    s = u.T @ muon.orthogonalize(m).float() @ vh.T  # diagonal where the directions are those of m
+    assert s.diagonal().min() > 0.5 and s.diagonal().max() < 1.3
+    assert (s - s.diagonal().diag()).abs().max() < 0.05
+
+
+def test_a_step_is_that_of_pytorchs_muon_on_matrices_and_of_adamw_on_the_rest():
+    random = torch.Generator().manual_seed(0)
+    kernel, matrix, bias = (torch.randn(s, generator=random) for s in ((16, 8, 3, 3), (12, 20), (16,)))
+    ours = [torch.nn.Parameter(p.clone()) for p in (kernel, matrix, bias)]
+    theirs = [torch.nn.Parameter(p.clone()) for p in (kernel.flatten(1), matrix, bias)]
+    optimizer = muon.Muon(ours, 1e-2, (0.9, 0.99), weight_decay=0.1, scale=1.0)
+    references = (
+        torch.optim.Muon(theirs[:2], 1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(theirs[2:], 1e-2, (0.9, 0.99), weight_decay=0.1),
+    )
+    for _ in range(5):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=random)
+            b.grad = a.grad.view(b.shape).clone()
+        for each in (optimizer, *references):
+            each.step()
+    for a, b, start in zip(ours, theirs, (kernel, matrix, bias)):
+        assert (a - start).norm() > 0.01
+        # bfloat16 products are rounded in another order
+        assert (a.view(b.shape) - b).norm() < 0.01 * (a - start).norm()
+
+
+def test_a_resumed_run_is_the_same_run(run):
+    run("--optimizer", "muon", "--epochs", 2, *SMALL)
+    straight = checkpoint.load("model/unet32_e1.pth")
+    run("--resume", "model/unet32_e0.pth", "--out-dir", "again", "--device", "cpu")
+    again = checkpoint.load("again/unet32_e1.pth")
+    assert again["config"]["optimizer"] == "muon"
+    assert states_equal(straight, again)
+    assert straight["log"][1]["train_loss"] < straight["log"][0]["train_loss"]
