@@ -48,7 +48,9 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def orthogonal_step(self, p, lr, weight_decay):
-        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        if not self.state[p]:
+            self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))  # AdamW looks for a step in each
+        momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
         direction = orthogonalize(p.grad.lerp(momentum, self.momentum).flatten(1))
         rms = 0.2 * self.scale * max(direction.shape) ** 0.5  # times 1 / sqrt(columns), an orthogonal matrix's own

@@ -35,8 +35,8 @@ def test_a_step_is_that_of_pytorchs_muon_on_matrices_and_of_adamw_on_the_rest():
             each.step()
     for a, b, start in zip(ours, theirs, (kernel, matrix, bias)):
         assert (a - start).norm() > 0.01
-        # bfloat16 products are rounded in another order
-        assert (a.view(b.shape) - b).norm() < 0.01 * (a - start).norm()
+        # Both round to bfloat16, in another order, and the iteration is steep.
+        assert (a.view(b.shape) - b).norm() < 0.05 * (a - start).norm()
 
 
 def test_a_resumed_run_is_the_same_run(run):

@@ -240,6 +240,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
     assert not checkpoint.in_folder("model")
 
 
+# ---- compiling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["unet", "plain"])
+def test_a_compiled_run_is_the_same_run(run, monkeypatch, model):
+    args = ("--epochs", 2, "--model", model, "--precision", "float32", *SMALL)
+    run(*args, "--out-dir", "plainly")
+    compiled = []
+
+    def backend(graph, inputs):  # dynamo takes the network apart as on a GPU; no C++ compiler is needed
+        compiled.append(graph)
+        return graph.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, dynamic: original(self, backend=backend))
+    torch._dynamo.reset()
+    run(*args, "--compile", "--out-dir", "compiled")
+    assert len(compiled) == 1  # neither the second epoch nor the held-out loss compiles anew
+    a, b = (checkpoint.load(f"{folder}/unet32_e1.pth") for folder in ("plainly", "compiled"))
+    assert a["model"].keys() == b["model"].keys()
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value)
+    assert [row["test_loss"] for row in a["log"]] == pytest.approx([row["test_loss"] for row in b["log"]], rel=1e-4)
+
+
+def test_where_nothing_can_be_compiled_training_goes_on_without(run, monkeypatch, capsys):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, dynamic: original(self, backend=backend))
+    torch._dynamo.reset()
+    try:
+        run("--epochs", 1, "--compile", *SMALL)
+    finally:
+        torch.compiler.set_stance("default")
+    assert "WARNING: the network cannot be compiled here" in capsys.readouterr().err
+    assert len(checkpoint.load("model/unet32_e0.pth")["log"]) == 1
+
+
 # ---- several ranks ----------------------------------------------------------------------------------------------
 
 
