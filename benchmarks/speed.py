@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -80,18 +81,26 @@ print(int(host[1]) * 1024, torch.cuda.max_memory_allocated() if torch.cuda.is_av
 """
 
 
-def train_once(recipe, cfg, device, limit):
-    """Of `train.py --preset recipe --limit limit`: images a second, peak memory of the process and of the GPU in bytes."""
+class Trained(NamedTuple):
+    images_per_second: float
+    seconds: float  # of the whole command, from its start to its end
+    memory: int  # peak of the process, bytes
+    gpu_memory: int
+
+
+def train_and_measure(*flags):
+    """What `train.py --epochs 1 FLAGS` gives, in an --out-dir of its own."""
     with tempfile.TemporaryDirectory() as out:
-        flags = (
-            f"--preset {recipe} --epochs 1 --limit {limit} --dataset {cfg.dataset} --device {device} --out-dir {out}"
+        flags = ["--epochs", "1", "--out-dir", out, *map(str, flags)]
+        started = time.perf_counter()
+        process = subprocess.run(
+            [sys.executable, "-c", TRAIN_AND_MEASURE, "train.py", *flags], capture_output=True, text=True
         )
-        command = [sys.executable, "-c", TRAIN_AND_MEASURE, "train.py", *flags.split(), "--data-dir", cfg.data_dir]
-        process = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - started
         if process.returncode:
-            raise config.ConfigError(f"train.py {flags} failed: {process.stderr.splitlines()[-1]}")
+            raise config.ConfigError(f"train.py {' '.join(flags)} failed: {process.stderr.splitlines()[-1]}")
         log = checkpoint.load_newest(out)[1]["log"]
-    return log[0]["images_per_second"], *map(int, process.stdout.splitlines()[-1].split())
+    return Trained(log[0]["images_per_second"], seconds, *map(int, process.stdout.splitlines()[-1].split()))
 
 
 def measure(cfg, device):
@@ -102,21 +111,22 @@ def measure(cfg, device):
     rounds = {recipe: [] for recipe in RECIPES}
     for i in range(cfg.rounds):
         for recipe in RECIPES:
-            speed, memory, gpu_memory = train_once(recipe, cfg, device, limits[recipe])
+            where = ("--dataset", cfg.dataset, "--data-dir", cfg.data_dir, "--device", device)
+            run = train_and_measure("--preset", recipe, "--limit", limits[recipe], *where)
             rate = matrix_rate(precisions[recipe], device)
             inference = inference_rate(precisions[recipe], device, 250 if device.type == "cpu" else 2000)
             rounds[recipe].append(
                 dict(
-                    train_images_per_second=speed,
-                    train_fraction_of_limit=speed * cost[True] / rate,
+                    train_images_per_second=run.images_per_second,
+                    train_fraction_of_limit=run.images_per_second * cost[True] / rate,
                     inference_images_per_second=inference,
                     inference_fraction_of_limit=inference * cost[False] / rate,
                     matrix_gflops=rate / 1e9,
-                    peak_memory_gb=memory / 1e9,
-                    peak_gpu_memory_gb=gpu_memory / 1e9,
+                    peak_memory_gb=run.memory / 1e9,
+                    peak_gpu_memory_gb=run.gpu_memory / 1e9,
                 )
             )
-            print(f"round {i + 1}/{cfg.rounds}, {recipe}: {speed:.1f} training images/s", flush=True)
+            print(f"round {i + 1}/{cfg.rounds}, {recipe}: {run.images_per_second:.1f} training images/s", flush=True)
     medians = {recipe: {name: median(row[name] for row in rows) for name in rows[0]} for recipe, rows in rounds.items()}
     return dict(
         medians=medians,
