@@ -56,6 +56,7 @@ SETTINGS = {
     "limit": Setting(None, count(), "use at most this many images of each split; None: all"),
     # noise
     "noise_steps": Setting(10, count(2), "T: noise steps; sigma = t / T with t from 1 to T-1"),
+    "continuous_t": Setting(False, bool, "train on all noise levels, t within 1/2 of the integers, not on the integers alone"),
     # network
     "model": Setting("unet", ("unet", "plain"), "network; plain: the control without time conditioning"),
     "t_dim": Setting(256, number(int, 1, 65536), "width of the time embedding, channels"),

@@ -37,7 +37,7 @@ import unet
 import visualize
 
 SETTINGS = (
-    "dataset data_dir crops_per_image limit noise_steps model t_dim preset optimizer epochs batch_size lr beta2 "
+    "dataset data_dir crops_per_image limit noise_steps continuous_t model t_dim preset optimizer epochs batch_size lr beta2 "
     "weight_decay warmup_steps schedule flip loader seed device precision compile out_dir save_model_epochs sample_every_epochs resume "
     "save_every_steps overwrite tensorboard skip_bad_images max_pixels"
 )
@@ -81,11 +81,15 @@ def make_optimizer(cfg, model, device):
     return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=device.type != "mps")
 
 
-def draw_noise(shape, T, device, seed, step):
-    """The noise of a step: t (B,), uniform on 1 ... T-1, and standard Gaussian eps of `shape`."""
+def draw_noise(shape, T, device, seed, step, continuous=False):
+    """The noise of a step: t (B,), uniform on 1 ... T-1, and standard Gaussian eps of `shape`.
+
+    continuous: t is uniform from 1/2 to T - 1/2, the integers spread over the half on either side.
+    """
     random = data.generator(device, seed, data.NOISE, step)
     t = torch.randint(1, T, shape[:1], generator=random, device=device)
-    return t, torch.randn(shape, generator=random, device=device)
+    eps = torch.randn(shape, generator=random, device=device)
+    return t + torch.rand(shape[:1], generator=random, device=device) - 0.5 if continuous else t, eps
 
 
 @torch.no_grad()
@@ -171,7 +175,7 @@ def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # Every rank draws the noise of the whole batch and takes its share: the same noise on any number of ranks.
-            t, eps = draw_noise((cfg.batch_size, *x0.shape[1:]), T, device, cfg.seed, run.step)
+            t, eps = draw_noise((cfg.batch_size, *x0.shape[1:]), T, device, cfg.seed, run.step, cfg.continuous_t)
             with config.autocast(device, precision):
                 loss = diffusion.noise_loss(net, x0.to(device), eps[share], t[share], T)
             optimizer.zero_grad()
@@ -215,10 +219,11 @@ def try_compiled(model, cfg, world):
     """Compile before the clock starts, on a batch of zeros; go on uncompiled where that fails."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     channels = next(model.enc1.parameters()).shape[1]
-    x = data.scale(torch.zeros(cfg.batch_size // world.size, channels, data.SIZE, data.SIZE, device=world.device))
+    x0 = data.scale(torch.zeros(cfg.batch_size // world.size, channels, data.SIZE, data.SIZE, device=world.device))
+    t, eps = draw_noise(x0.shape, cfg.noise_steps, world.device, 0, 0, cfg.continuous_t)
     try:
         with config.autocast(world.device, getattr(torch, cfg.precision)):
-            loss = diffusion.noise_loss(model, x, x, torch.ones(len(x), dtype=torch.int64, device=x.device), 2)
+            loss = diffusion.noise_loss(model, x0, eps, t, cfg.noise_steps)
         loss.backward()
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old: each has its own kind
         torch.compiler.set_stance("force_eager")

@@ -147,9 +147,8 @@ def draw(path, reference, curves, target):
     figure = Figure((7, 4), layout="constrained")
     ax = figure.subplots()
     ax.plot(*zip(*reference), "o-", color="black", label="reference, on its way")
-    colours = itertools.cycle(visualize.COLOURS)
-    for name, curve in curves.items():
-        ax.plot(*zip(*sorted(curve)), "s--", color=next(colours), label=f"{name}, schedule fitted to the time")
+    for (name, curve), style in zip(curves.items(), itertools.cycle(visualize.STYLES)):
+        ax.plot(*zip(*sorted(curve)), label=f"{name}, schedule fitted to the time", **style)
     ax.axhline(target, color="gray", lw=1)
     ax.set(xscale="log", xlabel="training time, seconds", ylabel="held-out loss")
     ax.grid(alpha=0.3, which="both")

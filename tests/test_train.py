@@ -81,6 +81,9 @@ def test_noise_of_a_step():
     assert eps.mean().abs() < 0.02 and (eps.std() - 1).abs() < 0.02
     assert torch.equal(eps, train.draw_noise((3600, 1, 4, 4), 10, "cpu", 0, 7)[1])
     assert not torch.equal(eps, train.draw_noise((3600, 1, 4, 4), 10, "cpu", 0, 8)[1])
+    spread, same = train.draw_noise((3600, 1, 4, 4), 10, "cpu", 0, 7, continuous=True)
+    assert torch.equal(same, eps) and torch.equal(spread.round(), t.float())
+    assert torch.histc(spread, 36, 0.5, 9.5).sub(100).abs().max() < 50  # 36 equal parts of the range
 
 
 def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
