@@ -25,6 +25,9 @@ except ImportError:  # Windows: no lock
     fcntl = None
 
 
+SHIPPED = Path(__file__).parent / "model" / "unet32.pth"  # the trained weights that come with the code
+
+
 class CheckpointError(Exception):
     """A checkpoint that cannot be used: the text names the file and says why."""
 
@@ -57,6 +60,17 @@ def newest(folder):
             f"no checkpoint (unet32_e*.pth) in {folder}; run train.py first, or name another folder or file"
         )
     return found[-1]
+
+
+def choose(named, folder):
+    """The checkpoint to use: the one that is named; if None, the newest of the folder, or SHIPPED if that is newer.
+
+    Raises CheckpointError if there is none.
+    """
+    if named is not None:
+        return Path(named)
+    found = in_folder(folder)[-1:] + ([SHIPPED] if SHIPPED.exists() else [])
+    return max(found, key=lambda path: path.stat().st_mtime) if found else newest(folder)
 
 
 def load_newest(folder, needs=()):

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+REQUIRED = object()  # the default of a setting that has none
+
 
 class Setting(NamedTuple):
     default: Any
-    kind: Any  # bool, a tuple of choices, or a function from the flag's text to its value
+    kind: Any  # bool, a tuple of choices, a function from text to value, or list: one or more words without a flag
     help: str
+    short: str = ""  # a second, short flag
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -82,19 +85,25 @@ SETTINGS = {
     "save_every_steps": Setting(None, count(), "save inside an epoch too, every so many updates; None: only after epochs"),
     "sample_every_epochs": Setting(0, count(0), "epochs from one comparison grid to the next; 0: none"),
     "resume": Setting(None, str, "checkpoint to go on from; auto: the newest of --out-dir; None: start anew"),
-    "overwrite": Setting(False, bool, "delete the checkpoints that --out-dir holds and start anew"),
+    "overwrite": Setting(False, bool, "replace what is there: the checkpoints of --out-dir (train.py), output files (denoise.py)"),
     "tensorboard": Setting(False, bool, "send numbers and grids to TensorBoard too, under --out-dir"),
     # overfit.py, visualize.py and benchmarks/
     "t": Setting(5, count(), "time step of the noise, from 1 to T-1"),
     "iterations": Setting(1000, count(), "optimizer updates at most"),
     "target": Setting(1e-5, positive, "loss at which the check has passed"),
-    "weights": Setting(None, str, "checkpoint to use; None: the newest of --out-dir"),
+    "weights": Setting(None, str, "checkpoint to use; None: the newest of --out-dir, or model/unet32.pth if that is newer"),
     "images": Setting(6, number(int, 1, 40), "test images in the figure"),
     "trials": Setting(20, count(), "kills; ten times as many files are damaged"),
     "rounds": Setting(3, count(), "rounds of measurement, each of every recipe"),
     "minutes": Setting(10.0, positive, "time that the reference recipe trains"),
     "contenders": Setting(None, str, "Python file with more to race; None: the recipes of this repository"),
     "curves": Setting(False, bool, "draw the loss curves of log.csv in --out-dir, not the grid"),
+    # denoise.py
+    "inputs": Setting(REQUIRED, list, "picture files, or folders of them"),
+    "output": Setting(REQUIRED, str, "file for one picture, else a folder", "-o"),
+    "sigma": Setting(None, number(float, 0, 255, above=True), "noise level, its standard deviation on the 0-255 scale; None: estimated"),
+    "steps": Setting(1, number(int, 1, 50), "steps from noisy to clean; 1 has the best PSNR, more are sharper"),
+    "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
 }  # fmt: skip
 
 # The recipe to compare with: AdamW as in PyTorch's defaults (betas, weight decay), cosine annealing, no tricks.
@@ -138,18 +147,24 @@ def parse(doc, names, argv=None):
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     settings = {name: SETTINGS[name] for name in names}
     for name, setting in settings.items():
-        options = dict(default=argparse.SUPPRESS, help=f"{setting.help} (default: {setting.default})")
+        if setting.kind is list:
+            parser.add_argument(name, nargs="+", metavar="IN", help=setting.help)
+            continue
+        if setting.default is REQUIRED:
+            options = dict(required=True, help=setting.help)
+        else:
+            options = dict(default=argparse.SUPPRESS, help=f"{setting.help} (default: {setting.default})")
         if setting.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(setting.kind, tuple):
             options["choices"] = setting.kind
         else:
             options.update(type=setting.kind, metavar=name.split("_")[-1].upper())
-        parser.add_argument("--" + name.replace("_", "-"), **options)
+        parser.add_argument(*filter(None, [setting.short, "--" + name.replace("_", "-")]), **options)
     given = vars(parser.parse_args(argv))
     preset = {name: value for name, value in PRESETS[given.get("preset", "default")].items() if name in names}
     values = {name: setting.default for name, setting in settings.items()} | preset | given
-    echo({name: value for name, value in values.items() if value != settings[name].default})
+    echo({name: value for name, value in values.items() if settings[name].default not in (value, REQUIRED)})
     return argparse.Namespace(**values, given=frozenset(given))
 
 

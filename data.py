@@ -233,9 +233,9 @@ def folder(split, data_dir, crops_per_image=64, seed=0, skip_bad_images=False, m
     def crops_or_none(file):
         try:
             return crops(file)
-        except DataError:
+        except DataError as error:
             if not skip_bad_images:
-                raise
+                raise DataError(f"{error}, or add --skip-bad-images") from None
             return None
 
     def read():
@@ -313,8 +313,18 @@ def hold_out(files):
     return [file for file in files if file not in test], sorted(test)
 
 
-def read_image(path, max_pixels=100_000_000):
-    """A picture file as a uint8 array (H, W, 3): upright, 16 bits scaled to 8, transparent parts on white.
+def rgb(image):
+    """A Pillow image as a uint8 array (H, W, 3): 16 bits scaled to 8, transparent parts on white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def read_image(path, max_pixels=100_000_000, convert=rgb):
+    """convert(the picture in a file as an upright Pillow image); by default a uint8 array (H, W, 3), see rgb.
 
     Raises DataError if it cannot be read or has more than max_pixels, which are looked up before any is decoded.
     """
@@ -326,16 +336,9 @@ def read_image(path, max_pixels=100_000_000):
                 image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range")
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.array(image.convert("RGB"))
+            return convert(image)
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
-        raise DataError(
-            f"{path} cannot be read as an image ({error}); repair or remove it, or add --skip-bad-images"
-        ) from None
+        raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
 
 
 # ---- built-in images --------------------------------------------------------------------------------------------

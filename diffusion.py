@@ -4,9 +4,12 @@
     loss   = noise_loss(model, x0, eps, t, T)
     x0_hat = denoise(model, x_t, t, T)     # one step: the MMSE estimate, best PSNR
     x0_hat = denoise_steps(model, x_t, t, T)   # several steps: sharper
+    sigma  = estimate_sigma(model, x_t, T)     # the noise level, from the noisy image alone
 
 Shapes: images (B, C, H, W) in [-1, 1]; t (B,), integer or float, 0 <= t <= T. Nothing is clipped.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +51,38 @@ def denoise_steps(model, x_t, t, T, steps=None):
         t_next = (t - (k + 1) * stride).clamp(min=0)
         x = x + noise_level(t_next - t_now, T) * model(x, t_now).float()
     return x
+
+
+def estimate_sigma(model, x_t, T, iterations=9):
+    """The noise level of each image from the image alone, (B,), in units of [-1, 1]; times 127.5 on the 0-255 scale.
+
+    It is the level of greatest likelihood. The density p of the noisy images obeys the heat equation, dp/dsigma =
+    sigma * laplacian(p), and its score is -eps_hat / sigma; hence d log p / dsigma = |eps_hat|^2 / sigma - div eps_hat.
+    The root is found by bisection of 0 < t < T, so that 0 and 1 mean "at most" and "at least" (each iteration halves
+    the error, 1/2 before the first). The divergence is Hutchinson's estimate (1990) with one fixed random probe. The
+    model must know the time step and be differentiable almost everywhere. Two calls of the model an iteration.
+    """
+    probe = 2 * torch.randint(2, x_t.shape, generator=torch.Generator().manual_seed(0)).to(x_t) - 1
+    low = torch.zeros(len(x_t), device=x_t.device)
+    high = torch.full_like(low, T)
+    for _ in range(iterations):
+        t = (low + high) / 2
+        sigma = noise_level(t, T)
+        h = 0.1 * sigma
+        eps_hat = model(x_t, t).float()
+        divergence = probe * (model(x_t + h * probe, t).float() - eps_hat) / h
+        noisier = (eps_hat.square() - sigma * divergence).mean(dim=(1, 2, 3)) > 0
+        low, high = torch.where(noisier, t, low), torch.where(noisier, high, t)
+    return (low + high) / 2 / T
+
+
+def grey(model):
+    """A model of colour images as one of y, (B, 1, H, W), their coordinate along (1, 1, 1) / sqrt(3).
+
+    A grey image is three equal channels, so the noise that they share is stronger than the model expects of it: the image
+    x with noise of level sigma is y = sqrt(3) * x with noise of level sqrt(3) * sigma on that axis, and none on others.
+    """
+    return lambda y, t: model((y / math.sqrt(3)).expand(-1, 3, -1, -1), t).sum(dim=1, keepdim=True) / math.sqrt(3)
 
 
 def psnr(x, x0):

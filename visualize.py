@@ -124,7 +124,7 @@ def main():
         except (KeyError, ValueError, TypeError, csv.Error):
             raise config.ConfigError(f"{log} is empty or damaged; train.py --resume auto writes it anew") from None
     else:
-        weights = Path(cfg.weights or checkpoint.newest(cfg.out_dir))
+        weights = checkpoint.choose(cfg.weights, cfg.out_dir)
         if "out_dir" not in cfg.given:
             res = weights.parent / "res"
         model, trained = checkpoint.load_model(weights, config.pick_device(cfg.device))
