@@ -262,7 +262,7 @@ def main():
             return denoise(model, pixels, T, sigma, cfg.steps, device)
 
     bad = 0
-    for source, target in tqdm(pairs, "pictures", delay=2, leave=False, disable=len(pairs) == 1):
+    for source, target in tqdm(pairs, "pictures", leave=False, disable=len(pairs) == 1):
         try:
             sigma, grey = denoise_file(source, target, cfg.max_pixels, cfg.compare, run)
         except (data.DataError, OSError) as error:

@@ -7,23 +7,27 @@ gradient.
 
 import torch
 
-# Of the quintic Newton-Schulz iteration: Jordan's, steep at 0, which brings singular values to about 0.7 ... 1.2.
-A, B, C = 3.4445, -4.7750, 2.0315
-NEWTON_SCHULZ_STEPS = 5
+# Odd polynomials a x + b x^3 + c x^5, applied one after the other to the singular values: the first three of Polar Express
+# (Amsel et al. 2025, arXiv 2505.16932). More, or Jordan's five, bring the values nearer to 1, cost more and train no better.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+)
 
 
-def orthogonalize(m):
+def orthogonalize(m, polynomials=POLAR_EXPRESS):
     """The orthogonal factor U V^T of m = U S V^T, roughly: (rows, columns) -> the same, bfloat16.
 
-    Singular values become 0.7 to 1.2, smaller where they were below a hundredth of the norm of m.
+    Singular values that are above a hundredth of the norm of m become 0.1 to 1.9.
     """
     x = m.bfloat16()
     if tall := len(m) > len(m[0]):
         x = x.T
-    x = x / (x.norm() + 1e-7)  # the iteration needs singular values of at most 1
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    x = x / (1.02 * x.norm() + 1e-7)  # the polynomials grow fast above 1
+    for a, b, c in polynomials:
         gram = x @ x.T
-        x = A * x + (B * gram + C * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
 
 
@@ -34,9 +38,11 @@ class Muon(torch.optim.AdamW):
     0.2 * lr (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
     """
 
-    def __init__(self, params, lr, betas, weight_decay, fused=None, momentum=0.95, scale=2.0):
+    def __init__(
+        self, params, lr, betas, weight_decay, fused=None, momentum=0.95, scale=2.0, polynomials=POLAR_EXPRESS
+    ):
         super().__init__(params, lr, betas, weight_decay=weight_decay, fused=fused)
-        self.momentum, self.scale = momentum, scale
+        self.momentum, self.scale, self.polynomials = momentum, scale, polynomials
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,6 +58,6 @@ class Muon(torch.optim.AdamW):
             self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))  # AdamW looks for a step in each
         momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
-        direction = orthogonalize(p.grad.lerp(momentum, self.momentum).flatten(1))
-        rms = 0.2 * self.scale * max(direction.shape) ** 0.5  # times 1 / sqrt(columns), an orthogonal matrix's own
+        direction = orthogonalize(p.grad.lerp(momentum, self.momentum).flatten(1), self.polynomials)
+        rms = 0.2 * self.scale * max(direction.shape) ** 0.5  # times its own, 1 / sqrt(longer side)
         p.mul_(1 - lr * weight_decay).add_(direction.view_as(p), alpha=-lr * rms)
