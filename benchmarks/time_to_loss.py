@@ -113,8 +113,8 @@ def fastest(name, factory, settings, target, seconds, x_train, x_test, device):
     rehearsal.go(steps=2 * FIRST_STEPS)
     per_step = rehearsal.seconds / FIRST_STEPS
     most = int(seconds / per_step)
-    runs, steps, failed, reached = {}, max(2, most // 8), 0, None
-    while True:
+    runs, steps, failed, reached = {}, max(2, most // 8), 1, None
+    while steps not in runs:
         training = Training(factory, cfg, x_train, device, steps)
         training.go(steps=steps)
         runs[steps] = training.seconds, training.held_out_loss(x_test)
@@ -123,9 +123,10 @@ def fastest(name, factory, settings, target, seconds, x_train, x_test, device):
             reached = min(steps, reached or steps)
         else:
             failed = max(steps, failed)
-        if failed >= most or (reached and reached <= PRECISION * max(failed, 1)):
-            return list(runs.values())
+        if reached and reached <= PRECISION * failed:
+            break
         steps = min(most, next_guess(runs, target, failed, reached))
+    return list(runs.values())
 
 
 def next_guess(runs, target, failed, reached):
@@ -137,10 +138,11 @@ def next_guess(runs, target, failed, reached):
         slope = min(-1e-4, (runs[a][1] - runs[b][1]) / math.log(a / b))
     shift = (target - runs[nearest[0]][1]) / slope
     guess = nearest[0] * math.exp(min(1.0, max(-1.0, shift))) * PRECISION**0.4  # a little long: a success ends it
-    low, high = failed * PRECISION**0.5, (reached or math.inf) / PRECISION**0.5
-    if failed and reached and not low <= guess <= high:
+    if not reached:
+        return max(failed + 1, round(guess))
+    if not failed * PRECISION**0.5 <= guess <= reached / PRECISION**0.5:
         guess = math.sqrt(failed * reached)
-    return max(2, round(min(max(guess, low), high)))
+    return min(max(failed + 1, round(guess)), reached - 1)
 
 
 def draw(path, reference, curves, target):
