@@ -50,6 +50,17 @@ def denoise_steps(model, x_t, t, T, steps=None):
     return x
 
 
+def estimate_sigma(model, x_t, T):
+    """The noise level of each image, (B,), as sigma on the [-1, 1] scale: where the predicted noise has unit variance."""
+    low = torch.zeros(len(x_t), device=x_t.device)
+    high = torch.full_like(low, T)
+    for _ in range(10):
+        t = (low + high) / 2
+        too_low = model(x_t, t).float().var(dim=(1, 2, 3)) > 1
+        low, high = torch.where(too_low, t, low), torch.where(too_low, high, t)
+    return (low + high) / 2 / T
+
+
 def psnr(x, x0):
     """Peak signal-to-noise ratio of each image in dB, (B,): both clipped to [-1, 1] and compared on the 0-255 scale."""
     error = 127.5 * (x.float().clamp(-1, 1) - x0.float().clamp(-1, 1))

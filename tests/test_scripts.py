@@ -10,7 +10,7 @@ from PIL import Image
 
 import config
 
-SCRIPTS = ["train.py", "overfit.py", "visualize.py"]
+SCRIPTS = ["train.py", "overfit.py", "visualize.py", "evaluate.py"]
 
 
 def last_line(stderr):
