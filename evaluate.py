@@ -7,7 +7,7 @@
 
 Noise levels are t = 1 ... T-1 and the literature's sigma = 15, 25 and 50, on the 0-255 scale. The noise is the same for
 every level, method and run. PSNR and SSIM are those of images clipped to the valid range, on the 0-255 scale. Every
-"+-" is a 95% interval over images, 1.96 standard errors. Writes the figure model/res/evaluation_{checkpoint}.png.
+"±" is a 95% interval over images, 1.96 standard errors. Writes the figure model/res/evaluation_{checkpoint}.png.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def in_precision(model, precision):
 
 
 def network(model, T, steps=1):
-    """The network's estimate in so many equal steps."""
+    """The network's estimate, see diffusion.denoise_steps."""
 
     def estimate(x_t, sigma):
         t = torch.full((len(x_t),), sigma * T, device=x_t.device)
@@ -109,10 +109,13 @@ def part(name, total, seconds):
     seconds[name] = round(time.time() - started, 1)
 
 
-def step_counts(t, T, last):
-    """The numbers of steps to try from level t: 1 and `last` (None: one step a unit of t), and on some levels others."""
-    last = last or math.ceil(t)
-    return sorted({1, last} | {k for k in STEPS if k < last and t in curve_levels(T)})
+def step_plan(t, T, last):
+    """{number of steps: steps of diffusion.denoise_steps} to try from level t: 1 and last; on curve_levels others too.
+
+    last None: one step for each unit of t, down the integers that the network was trained on.
+    """
+    plan = {1: 1} | {k: k for k in STEPS if k < (last or t) and t in curve_levels(T)}
+    return plan | {last or math.ceil(t): last}
 
 
 def curve_levels(T):
@@ -277,11 +280,11 @@ def evaluate(cfg, T, model, blind, control, images, figure):
         summary["the same for the control"] = mean_loss(other, T)
         tables.append(control_table(T, one, other))
 
-    plan = [(t, k) for t in levels for k in step_counts(t, T, cfg.steps)]
+    plan = [(t, k, steps) for t in levels for k, steps in step_plan(t, T, cfg.steps).items()]
     several = {t: {} for t in levels}
     with part("several steps", len(plan) * len(few), seconds) as bar:
-        for t, k in plan:
-            several[t][k] = measure(images, few, t / T, network(model, T, k), bar)
+        for t, k, steps in plan:
+            several[t][k] = measure(images, few, t / T, network(model, T, steps), bar)
     power = metrics.band_power(data.scale(images[: cfg.subset])).cpu()
     tables.append(steps_table(T, several, power))
     curves = {"noisy": noise, "one step": one, "several steps": {t: list(several[t].values())[-1] for t in levels}}
@@ -322,12 +325,11 @@ def draw(path, curves, several, power, T):
         name: [(127.5 * t / T, q["psnr"].mean().item()) for t, q in found.items()]
         for name, found in first(shared, curves).items()
     }
-    trade_off = {
-        f"sigma = {127.5 * t / T:.3g}": [
-            ((q["high"].mean() / power[:, 2].mean()).item(), q["psnr"].mean().item(), k) for k, q in several[t].items()
-        ]
-        for t in curve_levels(T)
-    }
+    trade_off = {}
+    for t in curve_levels(T):
+        sharpness = [(q["high"].mean() / power[:, 2].mean()).item() for q in several[t].values()]
+        change = [(q["psnr"] - several[t][1]["psnr"]).mean().item() for q in several[t].values()]
+        trade_off[f"sigma = {127.5 * t / T:.3g}"] = list(zip(sharpness, change, several[t]))
     visualize.evaluation(path, levels, trade_off, shared)
 
 
@@ -362,7 +364,9 @@ def main():
         seconds=dict(seconds, total=round(time.time() - started, 1)),
         measures=" ".join(__doc__[__doc__.index("Noise levels are") : __doc__.index(" Writes the figure")].split()),
     )
-    lines = "\n".join(f"- {name}: {value}" for name, value in provenance.items() if value is not None)
+    spent = ", ".join(f"{name} {value}" for name, value in provenance["seconds"].items())
+    lines = (provenance | {"seconds": spent}).items()
+    lines = "\n".join(f"- {name}: {value}" for name, value in lines if value is not None)
     text = "\n\n".join([lines, *map(as_text, tables)]) + "\n"
     print(text)
     if cfg.json:

@@ -111,27 +111,24 @@ def curves(log, path):
 def evaluation(path, levels, trade_off, count):
     """Save PSNR against the noise level, and the perception-distortion curves, as two panels.
 
-    levels: {method: [(sigma on the 0-255 scale, PSNR in dB), ...]}.
-    trade_off: {name: [(power in the high band relative to the clean images', PSNR in dB, steps), ...]}.
-    count: the images of the left panel.
+    levels: {method: [(sigma on the 0-255 scale, PSNR in dB of `count` images), ...]}, the noisy images first.
+    trade_off: {name: [(sharpness: power in the high band / the clean images', change of PSNR in dB, steps), ...]}.
     """
     figure = Figure((9.2, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, points), style in zip(levels.items(), itertools.cycle(STYLES)):
-        left.plot(*zip(*points), label=name, **style)
-    left.set(xlabel="noise level sigma on the 0-255 scale", ylabel="PSNR, dB")
-    for (name, points), style in zip(trade_off.items(), itertools.cycle(STYLES)):
-        right.plot([x for x, _, _ in points], [y for _, y, _ in points], label=name, **style)
-        for x, y, k in points:
-            right.annotate(k, (x, y), (4, 4), textcoords="offset points", fontsize=9)
-        right.margins(0.08)
-    right.axvline(1, color="gray", linewidth=0.8, linestyle=":")
-    right.set(xlabel="sharpness: power in the high band / that of the clean images", ylabel="PSNR, dB")
-    right.set_title("1 to K steps (the numbers): sharper, further away", fontsize=10)
-    left.set_title(f"mean of the first {count:,} images", fontsize=10)
-    for ax in (left, right):
+    for ax, curves in ((left, levels), (right, trade_off)):
+        for (name, points), style in zip(curves.items(), itertools.cycle(STYLES)):
+            ax.plot([point[0] for point in points], [point[1] for point in points], label=name, **style)
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=9)
+    for x, y, steps in itertools.chain(*trade_off.values()):
+        right.annotate(steps, (x, y), (4, 4), textcoords="offset points", fontsize=9)
+    # The noisy images may leave the frame, which they would else fill.
+    left.set_ylim(bottom=min(psnr for found in list(levels.values())[1:] for _, psnr in found) - 2)
+    left.set(xlabel="sigma of the noise, 0-255 scale", ylabel="PSNR, dB", title=f"{count:,} test images")
+    right.axvline(1, color="gray", linewidth=0.8, linestyle=":")
+    right.set(xlabel="sharpness: power at high frequencies / clean images'", ylabel="PSNR - that of one step, dB")
+    right.set(title="in 1 to K steps: sharper, at the cost of PSNR")
     save_figure(figure, path)
 
 
