@@ -48,6 +48,18 @@ def count(low=1):
 
 positive = number(float, 0, above=True)
 
+
+def ending(suffix):
+    """Converter for argparse: a file's name, which must end so, lest a slip overwrites a file of another kind."""
+
+    def convert(text):
+        if not text.endswith(suffix):
+            raise argparse.ArgumentTypeError(f"must be a file name ending in {suffix}, not {text!r}")
+        return text
+
+    return convert
+
+
 # None as a default means: see the help text.
 SETTINGS = {
     # data
@@ -87,6 +99,12 @@ SETTINGS = {
     "resume": Setting(None, str, "checkpoint to go on from; auto: the newest of --out-dir; None: start anew"),
     "overwrite": Setting(False, bool, "replace what is there: the checkpoints of --out-dir (train.py), output files (denoise.py)"),
     "tensorboard": Setting(False, bool, "send numbers and grids to TensorBoard too, under --out-dir"),
+    # evaluate.py
+    "control": Setting(None, str, "checkpoint of a second network to compare with; None: none"),
+    "subset": Setting(100, count(), "images for what takes many passes: several steps and the blind estimate"),
+    "baselines": Setting(100, count(0), "images on which the classical denoisers run too; 0: none"),
+    "json": Setting(None, ending(".json"), "file to write the tables to as JSON; None: none"),
+    "markdown": Setting(None, ending(".md"), "file to write the tables to as Markdown; None: none"),
     # overfit.py, visualize.py and benchmarks/
     "t": Setting(5, count(), "time step of the noise, from 1 to T-1"),
     "iterations": Setting(1000, count(), "optimizer updates at most"),
@@ -102,7 +120,7 @@ SETTINGS = {
     "inputs": Setting(REQUIRED, list, "picture files, or folders of them"),
     "output": Setting(REQUIRED, str, "file for one picture, else a folder", "-o"),
     "sigma": Setting(None, number(float, 0, 255, above=True), "noise level, its standard deviation on the 0-255 scale; None: estimated"),
-    "steps": Setting(1, number(int, 1, 50), "steps from noisy to clean; 1 has the best PSNR, more are sharper"),
+    "steps": Setting(None, number(int, 1, 50), "steps from noisy to clean: 1 has the best PSNR, more are sharper; None: 1, in evaluate.py one a unit of t"),
     "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
 }  # fmt: skip
 

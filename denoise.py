@@ -26,9 +26,8 @@ import data
 import diffusion
 import visualize
 
-REACH = (
-    24  # pixels: what lies farther from an output of the network cannot change it (it is 23; tiles need multiples of 4)
-)
+# Pixels: what lies farther from an output of the network cannot change it. It is 23, and tiles need multiples of 4.
+REACH = 24
 TILE = 384 - 2 * REACH  # pixels, height and width of what one call of the network contributes
 BLOCK = 4 * TILE - 2 * REACH  # pixels, height and width of what is denoised at once; both bound the memory
 CROP, CROPS = 32, 4  # the noise level of a large picture is that of CROPS x CROPS crops of CROP x CROP pixels
@@ -259,7 +258,7 @@ def main():
     def run(pixels):
         sigma = None if cfg.sigma is None else cfg.sigma / 127.5
         with torch.inference_mode(), config.autocast(device, precision):
-            return denoise(model, pixels, T, sigma, cfg.steps, device)
+            return denoise(model, pixels, T, sigma, cfg.steps or 1, device)
 
     bad = 0
     for source, target in tqdm(pairs, "pictures", leave=False, disable=len(pairs) == 1):

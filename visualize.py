@@ -8,6 +8,7 @@ Writes model/res/comparison_result_{checkpoint}.png or model/res/curves.png.
 """
 
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -22,6 +23,10 @@ import data
 import diffusion
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which colour-blind readers tell apart
+STYLES = [  # of curves in one plot, in turn: more of the palette, each with a marker of its own
+    dict(color=colour, marker=marker, markersize=5, linewidth=1.4)
+    for colour, marker in zip((BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX")
+]
 
 
 @torch.no_grad()
@@ -103,8 +108,47 @@ def curves(log, path):
     save_figure(figure, path)
 
 
+def evaluation(path, levels, trade_off, count):
+    """Save PSNR against the noise level, and the perception-distortion curves, as two panels.
+
+    levels: {method: [(sigma on the 0-255 scale, PSNR in dB of `count` images), ...]}, the noisy images first.
+    trade_off: {name: [(sharpness: power in the high band / the clean images', change of PSNR in dB, steps), ...]}.
+    """
+    figure = Figure((9.2, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for ax, curves in ((left, levels), (right, trade_off)):
+        for (name, points), style in zip(curves.items(), itertools.cycle(STYLES)):
+            ax.plot([point[0] for point in points], [point[1] for point in points], label=name, **style)
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False, fontsize=9)
+    for x, y, steps in itertools.chain(*trade_off.values()):
+        right.annotate(steps, (x, y), (4, 4), textcoords="offset points", fontsize=9)
+    # The noisy images may leave the frame, which they would else fill.
+    left.set_ylim(bottom=min(psnr for found in list(levels.values())[1:] for _, psnr in found) - 2)
+    left.set(xlabel="sigma of the noise, 0-255 scale", ylabel="PSNR, dB", title=f"{count:,} test images")
+    right.axvline(1, color="gray", linewidth=0.8, linestyle=":")
+    right.set(xlabel="sharpness: power at high frequencies / clean images'", ylabel="PSNR - that of one step, dB")
+    right.set(title="in 1 to K steps: sharper, at the cost of PSNR")
+    save_figure(figure, path)
+
+
 def save_figure(figure, path):
     checkpoint.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def load_run(cfg):
+    """What --weights and the data settings name: (path, network, the config it was trained with, images, their source).
+
+    The images are the test split's. Data settings that were not typed are those the network was trained with.
+    """
+    weights = checkpoint.choose(cfg.weights, cfg.out_dir)
+    model, trained = checkpoint.load_model(weights, config.pick_device(cfg.device))
+    for name in {"dataset", "data_dir", "skip_bad_images", "max_pixels"} & trained.keys() - cfg.given:
+        setattr(cfg, name, trained[name])
+    images, source = data.load(
+        "test", cfg.dataset, cfg.data_dir, skip_bad_images=cfg.skip_bad_images, max_pixels=cfg.max_pixels
+    )
+    return weights, model, trained, images, source
 
 
 def main():
@@ -124,15 +168,9 @@ def main():
         except (KeyError, ValueError, TypeError, csv.Error):
             raise config.ConfigError(f"{log} is empty or damaged; train.py --resume auto writes it anew") from None
     else:
-        weights = checkpoint.choose(cfg.weights, cfg.out_dir)
+        weights, model, trained, images, source = load_run(cfg)
         if "out_dir" not in cfg.given:
             res = weights.parent / "res"
-        model, trained = checkpoint.load_model(weights, config.pick_device(cfg.device))
-        for name in {"dataset", "data_dir", "skip_bad_images", "max_pixels"} & trained.keys() - cfg.given:
-            setattr(cfg, name, trained[name])
-        images, source = data.load(
-            "test", cfg.dataset, cfg.data_dir, skip_bad_images=cfg.skip_bad_images, max_pixels=cfg.max_pixels
-        )
         print(f"data: {source}; weights: {weights}")
         path = res / f"comparison_result_{weights.stem}.png"
         comparison_grid(model, images, trained["noise_steps"], path, cfg.images)

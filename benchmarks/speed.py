@@ -141,7 +141,9 @@ def measure(cfg, device):
 def machine(device):
     """What a figure of speed depends on, as a dict of plain values."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return dict(device=name, threads=torch.get_num_threads(), python=platform.python_version(), torch=str(torch.__version__))
+    return dict(
+        device=name, threads=torch.get_num_threads(), python=platform.python_version(), torch=str(torch.__version__)
+    )
 
 
 def cpu_name():

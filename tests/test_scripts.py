@@ -10,7 +10,7 @@ from PIL import Image
 
 import config
 
-SCRIPTS = ["train.py", "overfit.py", "visualize.py", "denoise.py"]
+SCRIPTS = ["train.py", "overfit.py", "visualize.py", "evaluate.py", "denoise.py"]
 WORDS = {"denoise.py": ("noisy.png", "-o", "clean.png")}  # what a script cannot do without
 
 
