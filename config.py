@@ -115,6 +115,7 @@ SETTINGS = {
     "rounds": Setting(3, count(), "rounds of measurement, each of every recipe"),
     "minutes": Setting(10.0, positive, "time that the reference recipe trains"),
     "contenders": Setting(None, str, "Python file with more to race; None: the recipes of this repository"),
+    "strip": Setting(False, bool, "draw 1, 2, 3, ... t denoising steps from noise level --t, not the grid"),
     "curves": Setting(False, bool, "draw the loss curves of log.csv in --out-dir, not the grid"),
     # denoise.py
     "inputs": Setting(REQUIRED, list, "picture files, or folders of them"),
@@ -207,6 +208,12 @@ def run(main, *mistakes):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def check_t(t, T):
+    """Raise ConfigError unless the time step t is one of T noise steps."""
+    if t >= T:
+        raise ConfigError(f"--t {t} is outside 1 ... {T - 1}; lower it or raise --noise-steps")
 
 
 def pick_device(name, local_rank=0, world=1):

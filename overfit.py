@@ -41,8 +41,7 @@ def overfit(model, x0, eps, t, T, iterations, target, lr):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    if cfg.t >= cfg.noise_steps:
-        raise config.ConfigError(f"--t {cfg.t} is outside 1 ... {cfg.noise_steps - 1}; lower it or raise --noise-steps")
+    config.check_t(cfg.t, cfg.noise_steps)
     device = config.pick_device(cfg.device)
     images, source = data.load(
         "test", cfg.dataset, cfg.data_dir, skip_bad_images=cfg.skip_bad_images, max_pixels=cfg.max_pixels

@@ -1,10 +1,11 @@
-"""Draw what a trained network does: comparison grids and loss curves.
+"""Draw what a trained network does: comparison grids, strips of several denoising steps and loss curves.
 
-    python visualize.py                                    the newest checkpoint of model/ on test images
-    python visualize.py --weights model/unet32_e9.pth      another one
+    python visualize.py                                    the newest weights on test images
+    python visualize.py --weights model/unet32_e9.pth      others
+    python visualize.py --strip --t 7                      from noise level 7 in 1, 2, ... 7 steps
     python visualize.py --curves                           the loss curves of model/log.csv
 
-Writes model/res/comparison_result_{checkpoint}.png or model/res/curves.png.
+Writes comparison_result_{checkpoint}.png, steps_{checkpoint}.png or curves.png in model/res/.
 """
 
 import csv
@@ -37,14 +38,10 @@ def comparison_grid(model, images, T, path, count=6):
     """
     was_training = model.training
     model.eval()
-    random = data.generator("cpu", 0, data.CHOICE, 1)
-    device = next(model.parameters()).device
-    chosen = torch.randperm(len(images), generator=random)[:count]
-    x0 = data.scale(images[chosen.to(images.device)].to(device))
-    eps = torch.randn(x0.shape, generator=random).to(device)
+    x0, eps = sample(model, images, count)
     rows = [("original", x0, None)]
     for level in sorted({max(1, T // 5), T // 2, T - 1}):
-        t = torch.full((len(x0),), level, device=device)
+        t = torch.full((len(x0),), level, device=x0.device)
         x_t = diffusion.add_noise(x0, eps, t, T)
         rows += [
             (f"t = {level}\nnoisy", x_t, x0),
@@ -55,10 +52,35 @@ def comparison_grid(model, images, T, path, count=6):
     model.train(was_training)
 
 
-def draw(path, rows):
-    """Save a figure of rows (label, images (n, 3, H, W) in [-1, 1], originals or None), with PSNR where there are originals."""
+@torch.no_grad()
+def steps_strip(model, images, T, level, path, count=6):
+    """Save what 1, 2, 3, ... `level` denoising steps make of `count` of the uint8 images, noisy at t = level."""
+    x0, eps = sample(model, images, count)
+    t = torch.full((len(x0),), level, device=x0.device)
+    x_t = diffusion.add_noise(x0, eps, t, T)
+    rows = [("original", x0, None), (f"t = {level}\nnoisy", x_t, x0)]
+    for steps in sorted({1, 2, 3, level}):
+        x0_hat = diffusion.denoise_steps(model, x_t, t, T, steps)
+        rows.append((f"{steps} step{'s' if steps > 1 else ''}", x0_hat, x0))
+    draw(path, rows)
+
+
+def sample(model, images, count):
+    """x0 and eps of `count` of the uint8 images, the same at every call, where the model is."""
+    random = data.generator("cpu", 0, data.CHOICE, 1)
+    device = next(model.parameters()).device
+    chosen = torch.randperm(len(images), generator=random)[:count]
+    x0 = data.scale(images[chosen.to(images.device)].to(device))
+    return x0, torch.randn(x0.shape, generator=random).to(device)
+
+
+def draw(path, rows, cell=1.15):
+    """Save a figure of rows (label, images (n, 3, H, W) in [-1, 1], originals or None), with PSNR where there are originals.
+
+    cell: width of an image, inches.
+    """
     columns = len(rows[0][1])
-    figure = Figure((0.7 + 1.15 * columns, 1.32 * len(rows)), layout="constrained")
+    figure = Figure((0.7 + cell * columns, (cell + 0.17) * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (label, images, originals) in zip(axes, rows):
         row[0].set_ylabel(label, fontsize=11)
@@ -152,7 +174,9 @@ def load_run(cfg):
 
 
 def main():
-    cfg = config.parse(__doc__, "weights out_dir dataset data_dir skip_bad_images max_pixels images curves device")
+    cfg = config.parse(
+        __doc__, "weights out_dir dataset data_dir skip_bad_images max_pixels images strip t curves device"
+    )
     res = Path(cfg.out_dir) / "res"
     if cfg.curves:
         log = Path(cfg.out_dir) / "log.csv"
@@ -172,8 +196,14 @@ def main():
         if "out_dir" not in cfg.given:
             res = weights.parent / "res"
         print(f"data: {source}; weights: {weights}")
-        path = res / f"comparison_result_{weights.stem}.png"
-        comparison_grid(model, images, trained["noise_steps"], path, cfg.images)
+        T = trained["noise_steps"]
+        if cfg.strip:
+            config.check_t(cfg.t, T)
+            path = res / f"steps_{weights.stem}.png"
+            steps_strip(model, images, T, cfg.t, path, cfg.images)
+        else:
+            path = res / f"comparison_result_{weights.stem}.png"
+            comparison_grid(model, images, T, path, cfg.images)
     print(f"figure saved: {path}")
 
 

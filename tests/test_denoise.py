@@ -21,6 +21,8 @@ import config
 import data
 import denoise
 import diffusion
+import leaves
+import train
 import unet
 
 T, MU, S = 10, 0.2, 0.5
@@ -334,3 +336,16 @@ def test_the_newer_of_own_and_shipped_weights(tmp_path, monkeypatch):
     assert checkpoint.choose(None, tmp_path) == own
     shipped.unlink()
     assert checkpoint.choose(None, tmp_path) == own
+
+
+def test_the_shipped_weights():
+    """Small, without an optimizer, and good on images that they were not trained on and that need no download."""
+    assert checkpoint.SHIPPED.stat().st_size < 9e6
+    state = checkpoint.load(checkpoint.SHIPPED)
+    assert state.keys() == {"model", "config", "provenance"}
+    assert {"command", "seconds", "seed", "device", "held_out_loss"} <= state["provenance"].keys()
+    model, trained = checkpoint.load_model(checkpoint.SHIPPED, "cpu")
+    images = leaves.dead_leaves(90, data.generator("cpu", 0, data.LEAVES, 10**6))
+    world = train.World(0, 1, 0, torch.device("cpu"))
+    # An untrained network has 1; one trained on 50,000 such images for an epoch has 0.099.
+    assert train.held_out_loss(model, images, trained["noise_steps"], torch.float32, world) < 0.12

@@ -86,9 +86,8 @@ def test_overfit_says_when_the_loss_does_not_get_there(script, pictures):
 
 
 def test_train_then_visualize(script, pictures, tmp_path):
-    for name in ("visualize.py", "visualize.py --curves"):  # before there is anything to draw
-        process = script(*name.split())
-        assert process.returncode == 1 and re.fullmatch(r"error: .*train.py first.*", last_line(process.stderr))
+    process = script("visualize.py", "--curves")  # before there is anything to draw
+    assert process.returncode == 1 and re.fullmatch(r"error: .*train.py first.*", last_line(process.stderr))
     args = ("--dataset", "folder", "--data-dir", pictures, "--epochs", 2, "--batch-size", 8)
     process = script("train.py", *args, "--tensorboard", "--save-model-epochs", 2)
     assert process.returncode == 0, process.stderr
@@ -101,7 +100,9 @@ def test_train_then_visualize(script, pictures, tmp_path):
     assert "figure saved: model/res/comparison_result_unet32_e1.png" in process.stdout, process.stderr
     process = script("visualize.py", "--curves")
     assert "figure saved: model/res/curves.png" in process.stdout, process.stderr
-    for name in ("comparison_result_unet32_e1.png", "curves.png"):
+    process = script("visualize.py", "--strip", "--t", 4, "--images", 2)
+    assert "figure saved: model/res/steps_unet32_e1.png" in process.stdout, process.stderr
+    for name in ("comparison_result_unet32_e1.png", "curves.png", "steps_unet32_e1.png"):
         assert np.asarray(Image.open(tmp_path / "model/res" / name).convert("L")).std() > 10  # not blank
     assert not list(tmp_path.rglob("*.tmp"))
 
