@@ -24,9 +24,9 @@ import data
 import diffusion
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which colour-blind readers tell apart
-STYLES = [  # of curves in one plot, in turn: more of the palette, each with a marker of its own
-    dict(color=colour, marker=marker, markersize=5, linewidth=1.4)
-    for colour, marker in zip((BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX")
+PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # more of it, and a grey
+STYLES = [  # of the curves in one plot, in turn, each with a marker of its own
+    dict(color=colour, marker=marker, markersize=5, linewidth=1.4) for colour, marker in zip(PALETTE, "osD^vPX*")
 ]
 
 
