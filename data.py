@@ -295,7 +295,8 @@ def read_image(path, max_pixels=100_000_000, convert=rgb):
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than --max-pixels {max_pixels}")
             with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the picture
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
+            image.load()
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range")
             return convert(image)

@@ -29,8 +29,8 @@ import visualize
 REACH = (
     24  # pixels: what lies farther from an output of the network cannot change it (it is 23; tiles need multiples of 4)
 )
-TILE = 384 - 2 * REACH  # pixels, height and width of what one call of the network contributes
-BLOCK = 4 * TILE - 2 * REACH  # pixels, height and width of what is denoised at once; both bound the memory
+TILE = 256 - 2 * REACH  # pixels, height and width of what one call of the network contributes
+BLOCK = 7 * TILE - 2 * REACH  # pixels, height and width of what is denoised at once; both bound the memory
 CROP, CROPS = 32, 4  # the noise level of a large picture is that of CROPS x CROPS crops of CROP x CROP pixels
 MIDDLE = 256  # pixels of the middle that a before-after figure shows enlarged
 DEEP = {".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
@@ -43,7 +43,7 @@ def denoise(model, pixels, T, sigma=None, steps=1, device="cpu"):
     """Pixels (C, H, W) of any height and width, uint8 or uint16, denoised, and their noise level.
 
     C is 3, or 1 for grey. model: a colour model(x, t). sigma: in units of the [-1, 1] scale; None: estimated.
-    The memory it takes beside the pixels is bounded, and a call of the model sees at most 384x384 pixels.
+    The memory it takes beside the pixels is bounded, and a call of the model sees at most 256x256 pixels.
     """
     channels, height, width = pixels.shape
     top = np.iinfo(pixels.dtype).max
@@ -62,7 +62,7 @@ def denoise(model, pixels, T, sigma=None, steps=1, device="cpu"):
 
     # The network has seen no image smaller than its training images, and takes multiples of 4 only.
     room = [(0, max(data.SIZE - n, -n % 4)) for n in (height, width)]
-    padded = np.pad(pixels, [(0, 0), *room], mode="reflect")
+    padded = np.pad(pixels, [(0, 0), *room], mode="reflect") if np.any(room) else pixels  # a large copy less
     if sigma is None:
         crops = torch.cat([to_x(crop) for crop in spread_crops(padded)])
         sigma = diffusion.estimate_sigma(model, crops, T).median().item() / gain
@@ -98,7 +98,7 @@ def by_tiles(f, source, target, size, margin):
     """
     height, width = source.shape[-2:]
     corners = [(y, x) for y in range(0, height, size) for x in range(0, width, size)]
-    for y, x in tqdm(corners, "tiles", delay=2, leave=False, mininterval=1):
+    for y, x in tqdm(corners, "tiles", delay=2, leave=False, mininterval=1, disable=len(corners) == 1):
         top, left = max(y - margin, 0), max(x - margin, 0)
         part = f(source[..., top : y + size + margin, left : x + size + margin])
         target[..., y : y + size, x : x + size] = part[..., y - top :, x - left :][..., :size, :size]
@@ -164,7 +164,8 @@ def writable(image):
         deep.info = image.info
         return deep
     mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-    return image.convert(mode + "A" if image.has_transparency_data else mode)
+    mode += "A" if image.has_transparency_data else ""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def denoise_file(source, target, max_pixels, compare, run):
@@ -172,19 +173,25 @@ def denoise_file(source, target, max_pixels, compare, run):
     image = data.read_image(source, max_pixels, writable)
     # A format that cannot hold such a picture is better found on a corner of it, before the work.
     encode(io.BytesIO(), image.crop((0, 0, 64, 64)), target, image.info)
-    alpha = image.getchannel("A") if image.mode.endswith("A") else None
-    pixels = np.atleast_3d(np.asarray(image))[..., : 3 if image.mode.startswith("RGB") else 1].transpose(2, 0, 1)
+    mode, info = image.mode, image.info
+    alpha = image.getchannel("A") if mode.endswith("A") else None
+    pixels = np.atleast_3d(np.asarray(image))[..., : 3 if mode.startswith("RGB") else 1].transpose(2, 0, 1)
+    del image  # of a large picture, memory that the network needs
     if (pixels == pixels[:1]).all():  # grey, also where it is kept as colours
         pixels = pixels[:1]
     clean, sigma = run(pixels)
-    result = clean[0] if image.mode[0] in "LI" else np.broadcast_to(clean, (3, *clean.shape[1:])).transpose(1, 2, 0)
-    result = Image.fromarray(np.ascontiguousarray(result))
+    result = as_colour(clean) if mode.startswith("RGB") else Image.fromarray(np.ascontiguousarray(clean[0]))
     if alpha:
         result.putalpha(alpha)
-    checkpoint.write_atomically(target, lambda file: encode(file, result, target, image.info))
+    checkpoint.write_atomically(target, lambda file: encode(file, result, target, info))
     if compare:
         before_after(figure_of(target), pixels, clean)
     return sigma, len(pixels) == 1
+
+
+def as_colour(pixels):
+    """Pixels (C, H, W), uint8, as an RGB Pillow image."""
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0)))
 
 
 def encode(file, image, path, info):
@@ -209,10 +216,7 @@ def before_after(path, before, after):
     """Save a figure of the pixels (C, H, W) before and after: whole, and the middle of a large picture."""
 
     def cell(title, pixels):
-        pixels = (pixels // 257 if pixels.dtype == np.uint16 else pixels).astype(np.uint8)
-        image = Image.fromarray(
-            np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
-        )
+        image = as_colour((pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels)
         image.thumbnail((2 * MIDDLE, 2 * MIDDLE))
         return title, data.scale(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0], None
 
@@ -262,7 +266,7 @@ def main():
             return denoise(model, pixels, T, sigma, cfg.steps, device)
 
     bad = 0
-    for source, target in tqdm(pairs, "pictures", delay=2, leave=False, disable=len(pairs) == 1):
+    for source, target in tqdm(pairs, "pictures", leave=False, disable=len(pairs) == 1):
         try:
             sigma, grey = denoise_file(source, target, cfg.max_pixels, cfg.compare, run)
         except (data.DataError, OSError) as error:
