@@ -28,8 +28,8 @@ import visualize
 
 # Pixels: what lies farther from an output of the network cannot change it. It is 23, and tiles need multiples of 4.
 REACH = 24
-TILE = 320 - 2 * REACH  # pixels, height and width of what one call of the network contributes
-BLOCK = 5 * TILE - 2 * REACH  # pixels, height and width of what is denoised at once; both bound the memory
+TILE = 256 - 2 * REACH  # pixels, height and width of what one call of the network contributes
+BLOCK = 7 * TILE - 2 * REACH  # pixels, height and width of what is denoised at once; both bound the memory
 CROP, CROPS = 32, 4  # the noise level of a large picture is that of CROPS x CROPS crops of CROP x CROP pixels
 MIDDLE = 256  # pixels of the middle that a before-after figure shows enlarged
 DEEP = {".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
@@ -42,7 +42,7 @@ def denoise(model, pixels, T, sigma=None, steps=1, device="cpu"):
     """Pixels (C, H, W) of any height and width, uint8 or uint16, denoised, and their noise level.
 
     C is 3, or 1 for grey. model: a colour model(x, t). sigma: in units of the [-1, 1] scale; None: estimated.
-    The memory it takes beside the pixels is bounded, and a call of the model sees at most 320x320 pixels.
+    The memory it takes beside the pixels is bounded, and a call of the model sees at most 256x256 pixels.
     """
     channels, height, width = pixels.shape
     top = np.iinfo(pixels.dtype).max
