@@ -262,8 +262,9 @@ def folder(split, data_dir, crops_per_image=64, seed=0, skip_bad_images=False, m
 
     key = hashlib.sha256(repr((crops_per_image, seed, skip_bad_images, max_pixels)).encode())
     for file in files:
-        status = os.stat(root / file)
-        key.update(f"{file!r} {status.st_size} {status.st_mtime_ns}".encode())
+        with contextlib.suppress(OSError):  # what vanishes meanwhile is told when it is read
+            status = os.stat(root / file)
+            key.update(f"{file!r} {status.st_size} {status.st_mtime_ns}".encode())
     return kept(Path(data_dir) / f".images-{split}-{key.hexdigest()[:16]}.npy", read)
 
 

@@ -79,7 +79,7 @@ def test_a_run_stopped_at_any_step_is_the_same_run(run, monkeypatch, save_every_
             signal.raise_signal(signal.SIGINT)
 
     def draw_and_interrupt(*args):
-        interrupt(args[-1])
+        interrupt(args[4])  # the step
         return draw(*args)
 
     def finite_and_interrupt(loss, step, lr):  # at step 4 it stands before the evaluation of the first epoch
