@@ -218,8 +218,7 @@ def wrap(model, cfg, world):
 def try_compiled(model, cfg, world):
     """Compile before the clock starts, on a batch of zeros; go on uncompiled where that fails."""
     buffers = [buffer.clone() for buffer in model.buffers()]
-    channels = next(model.enc1.parameters()).shape[1]
-    x0 = data.scale(torch.zeros(cfg.batch_size // world.size, channels, data.SIZE, data.SIZE, device=world.device))
+    x0 = data.scale(torch.zeros(cfg.batch_size // world.size, 3, data.SIZE, data.SIZE, device=world.device))
     t, eps = draw_noise(x0.shape, cfg.noise_steps, world.device, 0, 0, cfg.continuous_t)
     try:
         with config.autocast(world.device, getattr(torch, cfg.precision)):

@@ -19,14 +19,14 @@ import unet
 from benchmarks.speed import machine
 
 MOST = 0.0002  # of loss that float16 may cost
-NOT_OF_THE_MODEL = {"dataset", "data_dir", "limit", "out_dir"}
+WHERE_THE_IMAGES_LAY = {"dataset", "data_dir"}
 
 
 def command(settings):
     """The train.py command of a checkpoint's config: what differs from the defaults, but where the images lay."""
     flags = ["python train.py"]
     for name, value in settings.items():
-        if name in NOT_OF_THE_MODEL or value == config.SETTINGS[name].default:
+        if name in WHERE_THE_IMAGES_LAY or value == config.SETTINGS[name].default:
             continue
         flag = "--" + name.replace("_", "-")
         flags.append(flag if value is True else flag.replace("--", "--no-") if value is False else f"{flag} {value}")
