@@ -187,7 +187,7 @@ def cifar10(split, data_dir):
 
 
 def describe(error):
-    """What torchvision's exceptions mean, in a few words."""
+    """What an exception means, torchvision's among them, in a few words."""
     if "corrupted" in str(error):
         return "the archive does not have CIFAR-10's checksum: truncated or not the original"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

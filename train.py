@@ -37,9 +37,9 @@ import unet
 import visualize
 
 SETTINGS = (
-    "dataset data_dir crops_per_image limit noise_steps continuous_t model t_dim preset optimizer epochs batch_size lr beta2 "
-    "weight_decay warmup_steps schedule flip loader seed device precision compile out_dir save_model_epochs sample_every_epochs resume "
-    "save_every_steps overwrite tensorboard skip_bad_images max_pixels"
+    "dataset data_dir crops_per_image limit noise_steps continuous_t model t_dim preset optimizer epochs batch_size "
+    "lr beta2 weight_decay warmup_steps schedule flip loader seed device precision compile out_dir save_model_epochs "
+    "sample_every_epochs resume save_every_steps overwrite tensorboard skip_bad_images max_pixels"
 )
 # A resumed run takes every setting that was not typed from its checkpoint, but for these, which belong to a start;
 PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "tensorboard"}
@@ -108,9 +108,8 @@ def held_out_loss(model, images, T, precision, world, batch_size=250):
             t = 1 + torch.arange(i, i + len(x0), device=device) % (T - 1)
             # Drawn on the CPU: the same noise on every kind of device.
             eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)).to(device)
-            with config.autocast(
-                device, precision
-            ):  # .forward: as it is, where compiling for this batch is not worth it
+            with config.autocast(device, precision):
+                # .forward: uncompiled, as compiling for this batch is not worth it.
                 total += len(x0) * diffusion.noise_loss(model.forward, x0, eps, t, T)
         heed_signals(world)
     model.train()
@@ -226,8 +225,9 @@ def try_compiled(model, cfg, world):
         loss.backward()
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old: each has its own kind
         torch.compiler.set_stance("force_eager")
-        reason = str(error).strip().splitlines()[0]
-        print(f"WARNING: the network cannot be compiled here ({reason}); training without", file=sys.stderr)
+        print(
+            f"WARNING: the network cannot be compiled here ({data.describe(error)}); training without", file=sys.stderr
+        )
     model.zero_grad()
     for buffer, before in zip(model.buffers(), buffers):  # BatchNorm has seen the zeros
         buffer.copy_(before)
