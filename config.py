@@ -7,8 +7,10 @@ run(main, DataError)                        # main(), a mistake of the user's sa
 import argparse
 import math
 import os
+import platform
 import re
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +82,8 @@ SETTINGS = {
     "optimizer": Setting("adamw", ("adamw", "muon"), "AdamW; or Muon for the matrices and AdamW for the rest"),
     "epochs": Setting(10, count(), "passes over the training images; the learning rate schedule spans them"),
     "batch_size": Setting(16, count(), "images an optimizer update, over all ranks together"),
-    "lr": Setting(1e-3, positive, "peak learning rate"),
-    "beta2": Setting(0.99, number(float, 0, 0.999999), "AdamW's decay rate of the squared gradient; beta1 is 0.9"),
+    "lr": Setting(2e-3, positive, "peak learning rate"),
+    "beta2": Setting(0.95, number(float, 0, 0.999999), "AdamW's decay rate of the squared gradient; beta1 is 0.9"),
     "weight_decay": Setting(0.01, number(float, 0), "decoupled weight decay"),
     "warmup_steps": Setting(100, count(0), "updates over which the learning rate rises linearly from 0"),
     "schedule": Setting("linear", ("linear", "cosine", "constant"), "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"),
@@ -257,3 +259,18 @@ def autocast(device, precision):
     """The context in which the network runs; weights, loss and optimizer stay in float32."""
     torch.backends.cudnn.allow_tf32 = precision != torch.float32  # float32 means float32, on CUDA too
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def machine(device):
+    """What a figure of speed depends on, as a dict of plain values."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__))
+    return dict(device=name, threads=torch.get_num_threads(), **versions)
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -265,8 +265,9 @@ def evaluate(cfg, T, model, blind, control, images, figure):
     eps = fixed_noise(images)
     few = eps[: cfg.subset]
 
-    with part("one step", 2 * len(levels) * len(images), seconds) as bar:
+    with part("noisy images", len(levels) * len(images), seconds) as bar:
         noise = {t: measure(images, eps, t / T, noisy, bar) for t in levels}
+    with part("one step", len(levels) * len(images), seconds) as bar:
         one = {t: measure(images, eps, t / T, network(model, T), bar) for t in levels}
     summary = {
         "whiteness of the true noise": metrics.autocorrelation(eps).cpu(),
@@ -357,10 +358,8 @@ def main():
         control=cfg.control,
         data=source,
         images=len(images),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        threads=torch.get_num_threads(),
         precision=str(precision).removeprefix("torch."),
-        torch=torch.__version__,
+        **config.machine(device),
         seconds=dict(seconds, total=round(time.time() - started, 1)),
         measures=" ".join(__doc__[__doc__.index("Noise levels are") : __doc__.index(" Writes the figure")].split()),
     )

@@ -16,7 +16,6 @@ import config
 import data
 import train
 import unet
-from benchmarks.speed import machine
 
 MOST = 0.0002  # of loss that float16 may cost
 WHERE_THE_IMAGES_LAY = {"dataset", "data_dir"}
@@ -61,7 +60,7 @@ def main():
         data=state["data"]["source"],
         torchvision=str(torchvision.__version__),
         system=platform.machine(),
-        **machine(device),
+        **config.machine(device),
     )
     # The images are looked for anew wherever the file is used.
     settings = settings | dict(dataset="auto", data_dir=config.SETTINGS["data_dir"].default)

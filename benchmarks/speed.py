@@ -7,7 +7,6 @@ Training is train.py itself, in a process of its own. Prints the table and write
 """
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -134,24 +133,8 @@ def measure(cfg, device):
         gflop_an_image=dict(forward=cost[False] / 1e9, training=cost[True] / 1e9),
         precision={recipe: str(precision).removeprefix("torch.") for recipe, precision in precisions.items()},
         rounds=rounds,
-        machine=machine(device),
+        machine=config.machine(device),
     )
-
-
-def machine(device):
-    """What a figure of speed depends on, as a dict of plain values."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return dict(
-        device=name, threads=torch.get_num_threads(), python=platform.python_version(), torch=str(torch.__version__)
-    )
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table(result):

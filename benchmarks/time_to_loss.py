@@ -29,9 +29,9 @@ import diffusion
 import train
 import unet
 import visualize
-from benchmarks.speed import machine, synchronize
+from benchmarks.speed import synchronize
 
-CONTENDERS = {"AdamW": (unet.UNet, {}), "Muon": (unet.UNet, dict(optimizer="muon"))}
+CONTENDERS = {"AdamW": (unet.UNet, {}), "Muon": (unet.UNet, dict(optimizer="muon", warmup_steps=30))}
 PRECISION = 1.1  # the shortest time is found to this factor
 EVALUATIONS = 8  # of the reference on its way
 FIRST_STEPS = 20  # untimed, then as many to tell the speed
@@ -140,8 +140,8 @@ def next_guess(runs, target, failed, reached):
     guess = nearest[0] * math.exp(min(1.0, max(-1.0, shift))) * PRECISION**0.4  # a little long: a success ends it
     if not reached:
         return max(failed + 1, round(guess))
-    if not failed * PRECISION**0.5 <= guess <= reached / PRECISION**0.5:
-        guess = math.sqrt(failed * reached)
+    shortest, longest = failed * PRECISION**0.5, reached / PRECISION  # a failure of the longest ends it
+    guess = min(max(guess, shortest), longest) if shortest < longest else math.sqrt(failed * reached)
     return min(max(failed + 1, round(guess)), reached - 1)
 
 
@@ -152,7 +152,7 @@ def draw(path, reference, curves, target):
     for (name, curve), style in zip(curves.items(), itertools.cycle(visualize.STYLES)):
         ax.plot(*zip(*sorted(curve)), label=f"{name}, schedule fitted to the time", **style)
     ax.axhline(target, color="gray", lw=1)
-    ax.set(xscale="log", xlabel="training time, seconds", ylabel="held-out loss")
+    ax.set(xscale="log", yscale="log", xlabel="training time, seconds", ylabel="held-out loss")
     ax.grid(alpha=0.3, which="both")
     ax.legend(frameon=False)
     visualize.save_figure(figure, path)
@@ -188,7 +188,7 @@ def main():
         )
     path = Path(cfg.out_dir) / "res" / "time_to_loss.png"
     draw(path, reference, curves, target)
-    result = dict(reference=reference, contenders=curves, ratios=ratios, source=source, machine=machine(device))
+    result = dict(reference=reference, contenders=curves, ratios=ratios, source=source, machine=config.machine(device))
     json_path = path.with_suffix(".json")
     checkpoint.write_atomically(json_path, lambda file: file.write(json.dumps(result, indent=1).encode()))
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
