@@ -158,15 +158,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists every setting)\n")
 
 
-def parse(doc, names, argv=None):
+def parse(doc, names, argv=None, **defaults):
     """The settings `names` ("dataset epochs ...") from the command line, as a Namespace.
 
-    A value is the flag's, else the preset's, else the default. `cfg.given` holds the names of the flags typed. Settings
-    that differ from the defaults are echoed. An unknown flag or a value out of range ends the script with exit code 2.
+    A value is the flag's, else the preset's, else the default: the script's own in `defaults`, or the table's. `cfg.given`
+    holds the names of the flags typed. Settings that differ from the defaults are echoed. An unknown flag or a value out
+    of range ends the script with exit code 2.
     """
     names = names.split()
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     settings = {name: SETTINGS[name] for name in names}
+    settings |= {name: SETTINGS[name]._replace(default=value) for name, value in defaults.items()}
     for name, setting in settings.items():
         if setting.kind is list:
             parser.add_argument(name, nargs="+", metavar="IN", help=setting.help)

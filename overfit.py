@@ -40,7 +40,7 @@ def overfit(model, x0, eps, t, T, iterations, target, lr):
 
 
 def main():
-    cfg = config.parse(__doc__, SETTINGS)
+    cfg = config.parse(__doc__, SETTINGS, lr=1e-3)  # no warm-up here, and a minimum to settle in
     config.check_t(cfg.t, cfg.noise_steps)
     device = config.pick_device(cfg.device)
     images, source = data.load(

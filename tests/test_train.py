@@ -170,7 +170,7 @@ def test_another_run_is_never_overwritten(run):
         ("--batch-size", 8, 4),
         ("--noise-steps", 20, 10),
         ("--model", "plain", "unet"),
-        ("--lr", 0.5, 0.001),
+        ("--lr", 0.5, 0.002),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(run, flag, value, was):
@@ -225,7 +225,7 @@ def test_overwrite_deletes_nothing_before_there_is_something_new(run):
     run("--epochs", 1, *SMALL)
     with pytest.raises(FloatingPointError):
         run("--epochs", 1, "--overwrite", "--lr", 1e9, *SMALL, "--precision", "float32")
-    assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 0.001
+    assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 0.002
 
 
 def test_settings_that_cannot_be_are_refused(run):
