@@ -140,7 +140,7 @@ def next_guess(runs, target, failed, reached):
     guess = nearest[0] * math.exp(min(1.0, max(-1.0, shift))) * PRECISION**0.4  # a little long: a success ends it
     if not reached:
         return max(failed + 1, round(guess))
-    shortest, longest = failed * PRECISION**0.5, reached / PRECISION  # a failure of the longest ends it
+    shortest, longest = failed * PRECISION**0.5, math.ceil(reached / PRECISION)  # a failure of the longest ends it
     guess = min(max(guess, shortest), longest) if shortest < longest else math.sqrt(failed * reached)
     return min(max(failed + 1, round(guess)), reached - 1)
 
@@ -153,7 +153,8 @@ def draw(path, reference, curves, target):
         ax.plot(*zip(*sorted(curve)), label=f"{name}, schedule fitted to the time", **style)
     ax.axhline(target, color="gray", lw=1)
     ax.set(xscale="log", xlabel="training time, seconds", ylabel="held-out loss")
-    ax.set_ylim(top=1.6 * target)  # the first seconds say little and would flatten the rest
+    lowest = min(loss for curve in (reference, *curves.values()) for _, loss in curve)
+    ax.set_ylim(0.97 * lowest, 1.6 * target)  # the first seconds say little and would flatten the rest
     ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3, which="both")
     ax.legend(frameon=False)
