@@ -235,7 +235,25 @@ def try_compiled(model, cfg, world):
 
 def progress_bar(items, name, world, **options):
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file a line every half minute is enough
-    return tqdm(items, name, disable=world.rank > 0, mininterval=interval, **options)
+    return tqdm(items, name, file=Unfailing(sys.stderr), disable=world.rank > 0, mininterval=interval, **options)
+
+
+class Unfailing:
+    """A stream that drops what cannot be written: a full disk or a closed pipe must not end a training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def take_settings_of(saved, cfg):
@@ -410,9 +428,7 @@ def report_epoch(cfg, model, x_test, run, board, seconds_left, say):
 
 
 def speak(*text, file=None):
-    """print, whatever becomes of the reader: a closed pipe or a full disk must not end a training."""
-    with contextlib.suppress(OSError):
-        print(*text, file=file, flush=True)
+    print(*text, file=Unfailing(file or sys.stdout), flush=True)
 
 
 def main():

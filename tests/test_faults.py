@@ -1,5 +1,7 @@
 """Runs that are stopped, killed, out of disk, on damaged files or bad images: nothing is lost, nothing wrong is accepted."""
 
+import errno
+import io
 import os
 import pickle
 import random
@@ -188,16 +190,37 @@ def test_a_save_that_failed_is_tried_again(run, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
+def test_messages_that_cannot_be_written_do_not_end_the_run(run, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            attempts.append(text)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    attempts, draw = [], train.draw_noise
+
+    def draw_and_fill(*args):
+        monkeypatch.setattr(sys, "stdout", Full())
+        return draw(*args)
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(train, "draw_noise", draw_and_fill)
+    run("--epochs", 2, *SMALL)
+    assert any("Epoch 1/2" in text for text in attempts) and any("model saved" in text for text in attempts)
+    assert checkpoint.load("model/unet32_e1.pth")["step"] == 8
+
+
 def test_a_folder_removed_under_the_run_is_made_again(run, monkeypatch):
-    draw = train.draw_noise
+    draw, removed = train.draw_noise, []
 
     def draw_and_remove(*args):
-        if args[-1] == 5:
+        if args[4] == 5:  # the step
             shutil.rmtree("model")
+            removed.append("model")
         return draw(*args)
 
     monkeypatch.setattr(train, "draw_noise", draw_and_remove)
     run("--epochs", 2, *SMALL)
+    assert removed
     assert checkpoint.load("model/unet32_e1.pth")["step"] == 8
 
 
