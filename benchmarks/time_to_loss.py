@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import checkpoint
 import config
@@ -155,7 +156,9 @@ def draw(path, reference, curves, target):
     ax.set(xscale="log", xlabel="training time, seconds", ylabel="held-out loss")
     lowest = min(loss for curve in (reference, *curves.values()) for _, loss in curve)
     ax.set_ylim(0.97 * lowest, 1.6 * target)  # the first seconds say little and would flatten the rest
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
     ax.grid(alpha=0.3, which="both")
     ax.legend(frameon=False)
     visualize.save_figure(figure, path)
