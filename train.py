@@ -225,7 +225,7 @@ def try_compiled(model, cfg, world):
         loss.backward()
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old: each has its own kind
         torch.compiler.set_stance("force_eager")
-        print(
+        speak(
             f"WARNING: the network cannot be compiled here ({data.describe(error)}); training without", file=sys.stderr
         )
     model.zero_grad()
@@ -236,24 +236,6 @@ def try_compiled(model, cfg, world):
 def progress_bar(items, name, world, **options):
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file a line every half minute is enough
     return tqdm(items, name, file=Unfailing(sys.stderr), disable=world.rank > 0, mininterval=interval, **options)
-
-
-class Unfailing:
-    """A stream that drops what cannot be written: a full disk or a closed pipe must not end a training."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def take_settings_of(saved, cfg):
@@ -427,6 +409,24 @@ def report_epoch(cfg, model, x_test, run, board, seconds_left, say):
         say(f"WARNING: log or figure could not be saved ({error}); training goes on", file=sys.stderr)
 
 
+class Unfailing:
+    """A stream that drops what cannot be written: a full disk or a closed pipe must not end a training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def speak(*text, file=None):
     print(*text, file=Unfailing(file or sys.stdout), flush=True)
 
@@ -506,7 +506,7 @@ def open_tensorboard(out_dir):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print(
+        speak(
             "--tensorboard: the package is not installed (pip install tensorboard); training without it",
             file=sys.stderr,
         )
