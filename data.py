@@ -31,6 +31,7 @@ IMAGE_FILES = {
     f".{ending}" for ending in ("bmp", "gif", "jp2", "jpeg", "jpg", "pgm", "png", "ppm", "tga", "tif", "tiff", "webp")
 }
 HELD_OUT = 10  # of a folder without train/ and test/, one file in so many is a test image
+TEST_BATCH = 250  # test images that are measured at once
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 # Random numbers are drawn from generator(device, seed, one of these, index), so that no two uses share a stream.
 ORDER, NOISE, HELD_OUT_NOISE, CHOICE, LEAVES = range(5)
@@ -112,6 +113,15 @@ def generator(device, *key):
 def scale(images):
     """uint8 images as float32 in [-1, 1]; on the 0-255 scale a difference is 127.5 times as large."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def held_out_noise(images, start):
+    """Standard Gaussian noise for TEST_BATCH test images or fewer, of which the first is the start-th.
+
+    An image's noise follows from its place alone, on every kind of device: it is drawn on the CPU, for a whole batch.
+    """
+    random = generator("cpu", 0, HELD_OUT_NOISE, start)
+    return torch.randn(TEST_BATCH, *images.shape[1:], generator=random)[: len(images)].to(images.device)
 
 
 def batches(images, batch_size, seed, epoch, flip=False, rank=0, world=1, start=0):

@@ -33,7 +33,6 @@ SETTINGS = (
     "json markdown"
 )
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
-BATCH = 250  # images
 STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far as they are fewer than the last
 
 
@@ -68,11 +67,9 @@ def network(model, T, steps=1):
 
 
 def fixed_noise(images):
-    """Standard Gaussian noise for uint8 `images`: an image's depends on its place alone, on every device."""
-    shape = (BATCH, *images.shape[1:])
-    starts = range(0, len(images), BATCH)
-    draws = [torch.randn(shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)) for i in starts]
-    return torch.cat(draws)[: len(images)].to(images.device)
+    """The noise of every image, that of train.held_out_loss."""
+    starts = range(0, len(images), data.TEST_BATCH)
+    return torch.cat([data.held_out_noise(images[i : i + data.TEST_BATCH], i) for i in starts])
 
 
 def quality(x0_hat, x0, x_t, sigma):
@@ -92,9 +89,9 @@ def quality(x0_hat, x0, x_t, sigma):
 def measure(images, eps, sigma, estimate, bar):
     """The `quality` of estimate(x_t, sigma) for the images that eps has noise for."""
     parts = []
-    for start in range(0, len(eps), BATCH):
-        x0 = data.scale(images[start : start + BATCH][: len(eps) - start])
-        x_t = x0 + sigma * eps[start : start + BATCH]
+    for start in range(0, len(eps), data.TEST_BATCH):
+        x0 = data.scale(images[start : start + data.TEST_BATCH][: len(eps) - start])
+        x_t = x0 + sigma * eps[start : start + data.TEST_BATCH]
         parts.append(quality(estimate(x_t, sigma).float(), x0, x_t, sigma))
         bar.update(len(x0))
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
@@ -140,7 +137,7 @@ def measure_blind(estimators, images, eps, seconds):
     errors = {}
     with part("blind estimate", len(LITERATURE) * len(eps) * len(estimators), seconds) as bar:
         for sigma, (name, estimate) in itertools.product(LITERATURE, estimators.items()):
-            batches = (data.scale(images[: len(eps)]) + sigma / 127.5 * eps).split(BATCH)
+            batches = (data.scale(images[: len(eps)]) + sigma / 127.5 * eps).split(data.TEST_BATCH)
             found = []
             for x_t in batches:
                 found.append(127.5 * estimate(x_t).double().cpu() - sigma)

@@ -93,21 +93,20 @@ def draw_noise(shape, T, device, seed, step, continuous=False):
 
 
 @torch.no_grad()
-def held_out_loss(model, images, T, precision, world, batch_size=250):
+def held_out_loss(model, images, T, precision, world):
     """The loss over uint8 `images`, on the same noise in every run: t is 1 ... T-1 in turn, eps follows from the place."""
     device = images.device
     total = torch.zeros((), device=device)
     model.eval()
     for buffer in model.buffers() if world.size > 1 else ():  # each rank has BatchNorm statistics of its own share
         dist.broadcast(buffer, 0)
-    starts = range(0, len(images), world.size * batch_size)
+    starts = range(0, len(images), world.size * data.TEST_BATCH)
     for start in progress_bar(starts, "held-out loss", world, delay=2, leave=False):
-        i = start + world.rank * batch_size
+        i = start + world.rank * data.TEST_BATCH
         if i < len(images):
-            x0 = data.scale(images[i : i + batch_size])
+            x0 = data.scale(images[i : i + data.TEST_BATCH])
             t = 1 + torch.arange(i, i + len(x0), device=device) % (T - 1)
-            # Drawn on the CPU: the same noise on every kind of device.
-            eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)).to(device)
+            eps = data.held_out_noise(x0, i)
             with config.autocast(device, precision):
                 # .forward: uncompiled, as compiling for this batch is not worth it.
                 total += len(x0) * diffusion.noise_loss(model.forward, x0, eps, t, T)

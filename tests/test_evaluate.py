@@ -134,7 +134,7 @@ def test_quality_tells_the_loss_of_eps_and_the_measures(pair):
 
 
 def test_noise_follows_from_the_place_alone(monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH", 4)
+    monkeypatch.setattr(data, "TEST_BATCH", 4)
     images = torch.zeros(10, 3, 32, 32, dtype=torch.uint8)
     eps = evaluate.fixed_noise(images)
     assert torch.equal(evaluate.fixed_noise(images[:6]), eps[:6])
