@@ -39,7 +39,7 @@ def by_picture(denoise, **settings):
 
 def to_pictures(x):
     """(B, C, H, W) in [-1, 1] as a float64 array (B, H, W, C) in [0, 1]; nothing is clipped."""
-    return ((x.double().cpu() + 1) / 2).permute(0, 2, 3, 1).contiguous().numpy()
+    return ((x.cpu().double() + 1) / 2).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def methods():

@@ -203,7 +203,7 @@ def run(main, *mistakes):
     except (ConfigError, OSError, *mistakes) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full; use a smaller --batch-size, or --device cpu")
+        sys.exit("error: the GPU's memory is full; use --device cpu, or in training a smaller --batch-size")
     except RuntimeError as error:
         # What gloo and NCCL say when a peer is gone: Connection closed, Connection reset, Broken pipe, ...
         if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|onnection", str(error)):
@@ -214,10 +214,17 @@ def run(main, *mistakes):
         sys.exit(130)
 
 
+def make_folder(folder):
+    """Make a folder for what a script will write. Raises ConfigError or OSError before the work, not after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"no permission to write into {folder}; change its rights or choose another output")
+
+
 def check_t(t, T):
     """Raise ConfigError unless the time step t is one of T noise steps."""
     if t >= T:
-        raise ConfigError(f"--t {t} is outside 1 ... {T - 1}; lower it or raise --noise-steps")
+        raise ConfigError(f"--t {t} is outside 1 ... {T - 1}; lower it")
 
 
 def pick_device(name, local_rank=0, world=1):

@@ -270,7 +270,8 @@ def folder(split, data_dir, crops_per_image=64, seed=0, skip_bad_images=False, m
             )
         return torch.from_numpy(np.concatenate(good))
 
-    key = hashlib.sha256(repr((crops_per_image, seed, skip_bad_images, max_pixels)).encode())
+    crop_options = (crops_per_image, seed) if split == "train" else ()
+    key = hashlib.sha256(repr((*crop_options, skip_bad_images, max_pixels)).encode())
     for file in files:
         with contextlib.suppress(OSError):  # what vanishes meanwhile is told when it is read
             status = os.stat(root / file)
@@ -292,7 +293,8 @@ def kept(path, make):
             old.unlink()
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing can be deleted either
+            temporary.unlink()
         print(f"note: the images are not kept for the next start ({error})", file=sys.stderr)
     return images
 

@@ -5,8 +5,9 @@
     python denoise.py photos -o clean --compare            a folder with all below it, and before-after figures
 
 Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data and the colour profile are kept; a picture turned by EXIF is
-written upright. Of an animation it is the first frame. A large picture goes through the network in tiles that give what
-the whole picture would (with --model plain nearly: what its upsampling does depends on the size of a tile).
+written upright. What Pillow does not give: 16 bits of a colour (read as 8), EXIF data of a TIFF, and of an animation all
+frames but the first. A large picture goes through the network in tiles that give what the whole picture would (with
+--model plain nearly: what its upsampling does depends on the size of a tile).
 """
 
 import io
@@ -64,7 +65,7 @@ def denoise(model, pixels, T, sigma=None, steps=1, device="cpu"):
     padded = np.pad(pixels, [(0, 0), *room], mode="reflect") if np.any(room) else pixels  # a large copy less
     if sigma is None:
         crops = torch.cat([to_x(crop) for crop in spread_crops(padded)])
-        sigma = diffusion.estimate_sigma(model, crops, T).median().item() / gain
+        sigma = diffusion.estimate_sigma(model, crops, T).quantile(0.5).item() / gain
     clean = np.empty_like(padded)
     by_tiles(denoise_block, padded, clean, BLOCK, steps * REACH)
     return clean[:, :height, :width], sigma
@@ -228,11 +229,15 @@ def before_after(path, before, after):
     visualize.panels(path, cells)
 
 
-def warn_outside(source, sigma, grey, T):
-    """Say so if the network has hardly seen such noise: below half a step, or above 127 on the 0-255 scale."""
-    gain = math.sqrt(3) if grey else 1
+def warn_outside(source, sigma, grey, trained):
+    """Say so if the network has hardly seen such noise: below half a step, or above 127 on the 0-255 scale.
+
+    trained: the config it was trained with.
+    """
+    gain, T = math.sqrt(3) if grey else 1, trained["noise_steps"]
+    margin = 0.5 if trained.get("continuous_t") else 0
     if not 0.5 / T <= gain * sigma <= 127 / 127.5:
-        low, high = (127.5 * t / T / gain for t in (1, T - 1))
+        low, high = (127.5 * t / T / gain for t in (1 - margin, T - 1 + margin))
         tqdm.write(
             f"WARNING: {source}: sigma {127.5 * sigma:.1f} is assumed, but the network was trained on "
             f"{low:.1f} to {high:.1f}{' (grey)' if grey else ''}; look at the result, or give another --sigma",
@@ -252,11 +257,7 @@ def main():
     if trained["model"] == "plain" and cfg.sigma is None:
         raise config.ConfigError(f"{weights} does not know noise levels (--model plain); give the level with --sigma")
     for folder in {target.parent for _, target in pairs}:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise config.ConfigError(
-                f"no permission to write into {folder}; change its rights or choose another output"
-            )
+        config.make_folder(folder)
     print(f"weights: {weights}")
 
     def run(pixels):
@@ -276,7 +277,7 @@ def main():
             continue
         how = "estimated" if cfg.sigma is None else "given"
         tqdm.write(f"{source} -> {target}  sigma {127.5 * sigma:.1f} ({how})")
-        warn_outside(source, sigma, grey, T)
+        warn_outside(source, sigma, grey, trained)
     if bad:
         raise data.DataError(f"{bad} of {len(pairs)} pictures were left out, see above; the others are written")
 

@@ -107,17 +107,12 @@ def part(name, total, seconds):
 
 
 def step_plan(t, T, last):
-    """{number of steps: steps of diffusion.denoise_steps} to try from level t: 1 and last; on curve_levels others too.
+    """{number of steps: steps of diffusion.denoise_steps} to try from level t: 1 and last; at shown_levels others too.
 
     last None: one step for each unit of t, down the integers that the network was trained on.
     """
-    plan = {1: 1} | {k: k for k in STEPS if k < (last or t) and t in curve_levels(T)}
+    plan = {1: 1} | {k: k for k in STEPS if k < (last or t) and t in visualize.shown_levels(T)}
     return plan | {last or math.ceil(t): last}
-
-
-def curve_levels(T):
-    """The levels of which the perception-distortion curve is drawn."""
-    return sorted({max(1, T // 5), T // 2, T - 1})
 
 
 def measure_classical(images, eps, levels, T, seconds):
@@ -140,7 +135,7 @@ def measure_blind(estimators, images, eps, seconds):
             batches = (data.scale(images[: len(eps)]) + sigma / 127.5 * eps).split(data.TEST_BATCH)
             found = []
             for x_t in batches:
-                found.append(127.5 * estimate(x_t).double().cpu() - sigma)
+                found.append(127.5 * estimate(x_t).cpu().double() - sigma)
                 bar.update(len(x_t))
             errors[sigma, name] = torch.cat(found)
     return errors
@@ -252,8 +247,8 @@ def as_data(table):
 
 
 @torch.inference_mode()
-def evaluate(cfg, T, model, blind, control, images, figure):
-    """Measure everything and save the figure; returns the tables and the seconds that each part took.
+def evaluate(cfg, T, model, blind, control, images):
+    """Measure everything; returns the tables, what `draw` takes, and the seconds that each part took.
 
     model, control: callables (x, t) -> eps_hat, control with its T, or None. blind: whether model can tell the noise level.
     """
@@ -298,9 +293,9 @@ def evaluate(cfg, T, model, blind, control, images, figure):
         tables += [classical_table("psnr", 2, T, methods), classical_table("ssim", 4, T, methods)]
         curves |= found
 
-    draw(figure, curves, several, power, T)
     rows = [[name, metrics.interval(values)] for name, values in summary.items()]
-    return [dict(title="Summary", columns={"": 0, "mean": 4}, rows=rows), *tables], seconds
+    tables.insert(0, dict(title="Summary", columns={"": 0, "mean": 4}, rows=rows))
+    return tables, (curves, several, power, T), seconds
 
 
 def first(count, methods):
@@ -324,7 +319,7 @@ def draw(path, curves, several, power, T):
         for name, found in first(shared, curves).items()
     }
     trade_off = {}
-    for t in curve_levels(T):
+    for t in visualize.shown_levels(T):
         sharpness = [(q["high"].mean() / power[:, 2].mean()).item() for q in several[t].values()]
         change = [(q["psnr"] - several[t][1]["psnr"]).mean().item() for q in several[t].values()]
         trade_off[f"sigma = {127.5 * t / T:.3g}"] = list(zip(sharpness, change, several[t]))
@@ -333,8 +328,6 @@ def draw(path, curves, several, power, T):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    for file in filter(None, (cfg.json, cfg.markdown)):  # a folder that cannot be had should show before the work
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
     started, device = time.time(), config.pick_device(cfg.device)
     precision = config.pick_precision(cfg.precision, device)
     weights, model, trained, images, source = visualize.load_run(cfg)
@@ -343,12 +336,14 @@ def main():
     print(f"data: {source}; weights: {weights}")
     res = Path(cfg.out_dir) if "out_dir" in cfg.given else weights.parent
     figure = res / "res" / f"evaluation_{weights.stem}.png"
+    for file in filter(None, (cfg.json, cfg.markdown, figure)):
+        config.make_folder(Path(file).parent)
     control = None
     if cfg.control:
         other, trained_other = checkpoint.load_model(cfg.control, device)
         control = in_precision(other, precision), trained_other["noise_steps"]
     model, blind = in_precision(model, precision), trained["model"] != "plain"
-    tables, seconds = evaluate(cfg, trained["noise_steps"], model, blind, control, images, figure)
+    tables, drawing, seconds = evaluate(cfg, trained["noise_steps"], model, blind, control, images)
 
     provenance = dict(
         weights=str(weights),
@@ -369,6 +364,7 @@ def main():
         write(cfg.json, json.dumps(dict(provenance=provenance, tables=[as_data(table) for table in tables]), indent=1))
     if cfg.markdown:
         write(cfg.markdown, text)
+    draw(figure, *drawing)  # last, so that the numbers are there whatever becomes of it
     print(f"figure saved: {figure}")
 
 

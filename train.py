@@ -275,10 +275,10 @@ def find_start(cfg):
 
 def lock_folder(cfg):
     """Take --out-dir for this run, by default the folder of the checkpoint that --resume names."""
-    if cfg.resume not in (None, "auto"):
-        if not Path(cfg.resume).is_file():
+    if cfg.resume is not None:
+        if not (Path(cfg.out_dir).is_dir() if cfg.resume == "auto" else Path(cfg.resume).is_file()):
             return None  # find_start refuses it; a folder must not come into being by a wrong name
-        if "out_dir" not in cfg.given:
+        if cfg.resume != "auto" and "out_dir" not in cfg.given:
             cfg.out_dir = str(Path(cfg.resume).parent)
     return checkpoint.lock(cfg.out_dir) if os.environ.get("RANK", "0") == "0" else None
 
@@ -304,9 +304,12 @@ def join_world(cfg):
 
 def load_images(cfg, world):
     """x_train, x_test (uint8, on the device) and what is known of them; cfg.dataset becomes what auto stood for."""
+    answer = [data.resolve(cfg.dataset, cfg.data_dir) if world.rank == 0 else None]
+    if world.size > 1:  # one answer for all: a download can fail on one machine and not on another
+        dist.broadcast_object_list(answer)
+    (cfg.dataset,) = answer
     if world.local_rank > 0:  # the first process of a machine downloads or makes the images, ...
         dist.barrier()
-    cfg.dataset = data.resolve(cfg.dataset, cfg.data_dir)
     options = (cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit, 0, cfg.skip_bad_images, cfg.max_pixels)
     x_train, source = data.load("train", *options)
     x_test, test_source = data.load("test", *options)
@@ -379,9 +382,11 @@ def save_run(cfg, world, model, optimizer, run, say):
         return False
     run.unsaved, run.in_the_way = None, []
     say(f"model saved: {path}")
-    # Saves inside an epoch are kept until a finished one takes their place; of themselves, the last two.
+    # Saves inside an epoch are kept until a finished one takes their place; of themselves, the last two. (Later ones than
+    # this are damaged: the run went on from before them.)
     inside = [old for old in checkpoint.in_folder(cfg.out_dir) if checkpoint.place_of(old)[1] < math.inf]
-    for old in inside if finished else inside[:-2]:
+    so_far = [old for old in inside if checkpoint.place_of(old) <= checkpoint.place_of(path)]
+    for old in inside if finished else so_far[:-2]:
         with contextlib.suppress(OSError):
             old.unlink()
     return True

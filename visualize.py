@@ -40,16 +40,22 @@ def comparison_grid(model, images, T, path, count=6):
     model.eval()
     x0, eps = sample(model, images, count)
     rows = [("original", x0, None)]
-    for level in sorted({max(1, T // 5), T // 2, T - 1}):
+    net = model.forward  # not the compiled one: another batch size is not worth compiling for
+    for level in shown_levels(T):
         t = torch.full((len(x0),), level, device=x0.device)
         x_t = diffusion.add_noise(x0, eps, t, T)
         rows += [
             (f"t = {level}\nnoisy", x_t, x0),
-            ("1 step", diffusion.denoise(model, x_t, t, T), x0),
-            (f"{level} steps", diffusion.denoise_steps(model, x_t, t, T), x0),
+            ("1 step", diffusion.denoise(net, x_t, t, T), x0),
+            (f"{level} steps", diffusion.denoise_steps(net, x_t, t, T), x0),
         ]
     draw(path, rows)
     model.train(was_training)
+
+
+def shown_levels(T):
+    """The noise levels t of which figures show what denoising does: low, middle and high."""
+    return sorted({max(1, T // 5), T // 2, T - 1})
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
 Run from the root of the repository. Writes model/res/leaves.png: real images on the left, leaves on the right.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,9 @@ def spectrum_slope(grey):
     return np.polyfit(radii.log().numpy(), radial.log().numpy(), 1)[0]
 
 
-def picture(sides, path, n=10):
-    """Save n x n images of each side."""
+def picture(sides, path):
+    """Save 10 x 10 images of each side, or as large a square as there are images for."""
+    n = min(10, *(math.isqrt(len(side)) for side in sides))
     blocks = [side[: n * n].view(n, n, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(32 * n, 32 * n, 3) for side in sides]
     gap = torch.full((32 * n, 16, 3), 255, dtype=torch.uint8)
     both = Image.fromarray(torch.cat([blocks[0], gap, blocks[1]], 1).numpy())

@@ -7,6 +7,7 @@ The reference recipe trains for --minutes. A contender's learning rate schedule 
 curve is a training of its own; the shortest one that reaches the reference's loss is searched for, to 10%.
 Only training counts as time, not evaluation and no start-up. peers.py must define
 CONTENDERS = {"name": (factory, settings)}: factory() returns a network model(x, t), settings override the defaults.
+--limit bounds the test images alone.
 
 Run from the root of the repository, on an otherwise idle machine. Writes model/res/time_to_loss.png and .json.
 """
@@ -69,7 +70,9 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = train.lr_at(self.step, self.cfg, self.steps_per_epoch)
             x0 = next(self.batches).to(self.device)
-            t, eps = train.draw_noise(x0.shape, self.cfg.noise_steps, self.device, self.cfg.seed, self.step)
+            t, eps = train.draw_noise(
+                x0.shape, self.cfg.noise_steps, self.device, self.cfg.seed, self.step, self.cfg.continuous_t
+            )
             with config.autocast(self.device, self.cfg.precision):
                 loss = diffusion.noise_loss(self.model, x0, eps, t, self.cfg.noise_steps)
             self.optimizer.zero_grad()

@@ -68,6 +68,7 @@ def test_exported_weights(run, pictures, monkeypatch, tmp_path, capsys):
     assert state.keys() == {"model", "config", "provenance"}
     assert state["config"]["dataset"] == "auto" and state["config"]["noise_steps"] == 10
     words = state["provenance"]["command"].split(" --")
+    assert str(pictures) not in state["provenance"]["command"]
     assert {"seed 3", "no-flip", "t-dim 8", "batch-size 4"} <= set(words) and words[0] == "python train.py"
     shipped, _ = checkpoint.load_model(tmp_path / "shipped.pth", "cpu")
     trained, _ = checkpoint.load_model("model/unet32_e0.pth", "cpu")

@@ -1,5 +1,6 @@
 """The four data sets, what is said when they are wrong, and the batches."""
 
+import errno
 import functools
 import hashlib
 import io
@@ -145,10 +146,28 @@ def test_crops_of_a_larger_image(tmp_path):
     places = [np.flatnonzero((windows == crop).all((1, 2, 3))) for crop in train]
     assert len(train) == 30 and all(len(place) == 1 for place in places)
     assert len({int(place[0]) for place in places}) > 15
+    for kept in tmp_path.glob(".images-train-*"):
+        kept.unlink()
     again = data.load("train", "folder", str(tmp_path), crops_per_image=30)[0].permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(train, again)
     test = data.load("test", "folder", str(tmp_path), crops_per_image=30)[0].permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(test, pixels[None, 4:36, 9:41])
+    (kept,) = tmp_path.glob(".images-test-*")
+    data.load("test", "folder", str(tmp_path), crops_per_image=9)  # which is of no account there
+    assert list(tmp_path.glob(".images-test-*")) == [kept]
+
+
+def test_a_folder_on_a_read_only_disk(tmp_path, monkeypatch, capsys):
+    for i in range(2):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+
+    def refuse(*args, **options):  # as a disk mounted read-only does, also of a file that does not exist
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(data, "open", refuse, raising=False)
+    monkeypatch.setattr(data.Path, "unlink", refuse)
+    assert len(data.load("train", "folder", str(tmp_path))[0]) == 1
+    assert "note: the images are not kept for the next start ([Errno 30]" in capsys.readouterr().err
 
 
 def test_every_kind_of_picture_becomes_rgb(tmp_path):

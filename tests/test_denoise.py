@@ -6,6 +6,7 @@ of an image is that of its mean square: sigma^2 = mean((x - MU)^2) - S^2.
 """
 
 import io
+import itertools
 import math
 import os
 import re
@@ -97,8 +98,6 @@ def test_the_network_sees_a_bounded_part():
     clean, _ = denoise.denoise(model, pixels, T, sigma=0.2, steps=2)
     np.testing.assert_array_equal(clean, pixels)  # each pixel comes back in its place
     assert max(shape.numel() for shape in seen) <= 3 * 256**2
-    del seen[:]
-    denoise.denoise(optimal_eps, pixels[:, :32, :32], T)
     x = [denoise.spread_crops(pixels[:, :h, :w]) for h, w in ((1000, 1500), (32, 1500), (40, 50))]
     assert [sum(crop[0].size for crop in crops) for crops in x] == [16 * 32 * 32, 16 * 32 * 32, 40 * 50]
 
@@ -118,6 +117,15 @@ def test_the_likeliest_noise_level():
     assert 2**-8 < (coarse - t / T).abs().max() <= 2**-6
     beyond = torch.stack([torch.full((3, 8, 8), MU), torch.full((3, 8, 8), 5.0)])
     assert diffusion.estimate_sigma(optimal_eps, beyond, T).tolist() == [2**-10, 1 - 2**-10]
+
+
+def test_the_noise_level_of_a_large_picture_is_the_median_of_its_crops():
+    random = np.random.default_rng(0)
+    levels = np.linspace(0.1, 0.6, 16)  # of 4x4 fields, one of which each crop lies in
+    sigma = np.kron(random.permutation(levels).reshape(4, 4), np.ones((50, 50)))
+    x = MU + np.sqrt(S**2 + sigma**2) * random.choice([-1, 1], (3, 200, 200))  # the mean square that is likeliest
+    pixels = ((x + 1) / 2 * 65535).round().astype(np.uint16)
+    assert denoise.denoise(optimal_eps, pixels, T)[1] == pytest.approx(np.median(levels), abs=0.002)
 
 
 def test_the_noise_level_of_a_grey_picture():
@@ -162,6 +170,21 @@ def run(weights, tmp_path, monkeypatch):
         return 0
 
     return run
+
+
+def test_what_is_written_is_what_the_network_makes_of_it(run, weights, tmp_path):
+    model, _ = checkpoint.load_model(weights["unet"], "cpu")
+    for name, pixels in {"colour": noise(40, 33, 3), "deep": noise(40, 33, dtype=np.uint16)}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        found = [pixels.astype(float)]
+        for steps in (1, 2):
+            assert run(f"{name}.png", "-o", f"{name}{steps}.png", "--sigma", 60, "--steps", steps) == 0
+            with torch.inference_mode():
+                planes = np.atleast_3d(pixels).transpose(2, 0, 1)
+                expected, _ = denoise.denoise(model, planes, T, 60 / 127.5, steps)
+            found.append(np.asarray(Image.open(tmp_path / f"{name}{steps}.png")).astype(float))
+            np.testing.assert_allclose(np.atleast_3d(found[-1]).transpose(2, 0, 1), expected, atol=1)
+        assert all(np.abs(a - b).mean() > 0.5 for a, b in itertools.combinations(found, 2))
 
 
 def test_every_kind_of_picture_stays_what_it_is(run, tmp_path):
@@ -304,6 +327,12 @@ def test_a_warning_outside_the_trained_levels(sigma, picture, warns, run, tmp_pa
     Image.fromarray(noise(8, 8)).save(tmp_path / "grey.png")
     assert run(f"{picture}.png", "-o", "x.png", "--sigma", sigma) == 0
     assert len(re.findall(rf"WARNING: {picture}.png: sigma {sigma}.0 is assumed", capsys.readouterr().err)) == warns
+
+
+@pytest.mark.parametrize("continuous, trained_on", [(False, "12.8 to 114.8;"), (True, "6.4 to 121.1;")])
+def test_the_warning_tells_the_trained_levels(continuous, trained_on, capsys):
+    denoise.warn_outside("a.png", 0.02, False, {"noise_steps": 10, "continuous_t": continuous})
+    assert f"was trained on {trained_on}" in capsys.readouterr().err
 
 
 def test_a_network_without_time_needs_the_level(run, tmp_path, capsys):

@@ -249,6 +249,28 @@ def test_the_script_and_that_its_outputs_agree(script, untrained, tmp_path, pict
         diffusion.psnr(x_t, x0).mean().item(), rel=1e-4
     )
     assert psnr[0]["noisy"]["mean"] == pytest.approx(diffusion.psnr(x0 + 0.1 * eps, x0)[:2].mean().item(), rel=1e-4)
+    for row, own in zip(control, one):
+        assert row["gain"]["mean"] == pytest.approx(own["loss"]["mean"] - row["loss of control"]["mean"], abs=1e-6)
+        assert row["PSNR gain"]["mean"] == pytest.approx(own["PSNR"]["mean"] - row["PSNR of control"]["mean"], abs=1e-4)
+    row = psnr[sigmas.index(38.25)]
+    others = [row[name]["mean"] for name in row.keys() - {"sigma", "t", "one step", "gain"}]
+    assert row["gain"]["mean"] == pytest.approx(row["one step"]["mean"] - max(others), abs=1e-4)
+    blurred = [diffusion.psnr(estimate(x_t[:2], 0.3), x0[:2]).mean() for estimate in classical.methods()["blur"]]
+    assert row["blur"]["mean"] == pytest.approx(max(blurred).item(), abs=1e-3)
+    model, _ = checkpoint.load_model(tmp_path / "model/unet32_e0.pth", "cpu")
+    t = torch.full((3,), 5)
+    with torch.no_grad():
+        errors = 127.5 * diffusion.estimate_sigma(model, x0[:3] + 25 / 127.5 * eps[:3], 10) - 25
+        x_t = x0[:3] + 0.5 * eps[:3]
+        x0_hat, one_step = diffusion.denoise_steps(model, x_t, t, 10), diffusion.denoise(model, x_t, t, 10)
+    row = next(row for row in blind if (row["sigma"], row["estimate by"]) == (25, "the network"))
+    assert row["mean error"]["mean"] == pytest.approx(errors.mean().item(), abs=0.01)
+    assert row["mean absolute error"]["mean"] == pytest.approx(errors.abs().mean().item(), abs=0.01)
+    row = next(row for row in several if (row["t"], row["steps"]) == (5, 5))
+    sharpness = metrics.band_power(x0_hat).mean(0) / metrics.band_power(x0[:3]).mean(0)
+    assert [row[band]["mean"] for band in metrics.BANDS] == pytest.approx(sharpness.tolist(), rel=1e-3)
+    gain = (diffusion.psnr(x0_hat, x0[:3]) - diffusion.psnr(one_step, x0[:3])).mean().item()
+    assert row["gain"]["mean"] == pytest.approx(gain, abs=1e-3)
     figure = tmp_path / "model/res/evaluation_unet32_e0.png"
     assert f"figure saved: {figure.relative_to(tmp_path)}" in process.stdout
     assert figure.stat().st_size < 300_000 and np.asarray(Image.open(figure).convert("L")).std() > 10
@@ -260,8 +282,14 @@ def test_the_control_alone_needs_no_blind_estimate(run, untrained, monkeypatch, 
         sys, "argv", ["evaluate.py", "--limit", "2", "--baselines", "0", "--steps", "2", "--device", "cpu"]
     )
     untrained("plain")
-    evaluate.main()
-    text = capsys.readouterr().out
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(evaluate, "draw", full)
+    with pytest.raises(OSError):
+        evaluate.main()
+    text = capsys.readouterr().out  # all the same
     assert "estimated from the picture" not in text and "classical" not in text
     assert {row["steps"] for row in numbers_in(text)[-1]} == {"1", "2"}
 
@@ -286,6 +314,7 @@ def test_the_mean_loss_is_that_of_training(run, untrained):
     [
         ("--control nowhere.pth", "nowhere.pth does not exist"),
         ("--markdown model/unet32_e0.pth/e.md", "model/unet32_e0.pth"),
+        ("--weights model/unet32_e0.pth --out-dir model/unet32_e0.pth", "model/unet32_e0.pth"),
         ("--json model", "must be a file name ending in .json"),
         ("--markdown model/unet32_e0.pth", "must be a file name ending in .md"),
     ],

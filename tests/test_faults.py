@@ -136,6 +136,36 @@ def test_a_second_ctrl_c_leaves_at_once_with_nothing_half_written(start, tmp_pat
         checkpoint.load(path)
 
 
+def test_only_the_first_ctrl_c_is_caught():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        train.note_signal(signal.SIGTERM, None)
+        assert train.Stopped.signal == signal.SIGTERM
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        train.note_signal(signal.SIGINT, None)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        train.Stopped.signal = 0
+
+
+def test_damaged_saves_do_not_crowd_out_whole_ones(run, monkeypatch):
+    draw = train.draw_noise
+
+    def draw_and_interrupt(*args):
+        signal.raise_signal(signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(train, "draw_noise", draw_and_interrupt)
+    for step in range(1, 4):
+        with pytest.raises(SystemExit):
+            run("--epochs", 1, *SMALL) if step == 1 else run("--resume", "auto", "--device", "cpu")
+        for damaged in ("unet32_e0_s8.pth", "unet32_e0_s9.pth"):
+            Path("model", damaged).write_bytes(b"damaged")
+        assert checkpoint.load_newest("model")[1]["step"] == step
+    assert [path.name for path in checkpoint.in_folder("model")] == [f"unet32_e0_s{step}.pth" for step in (2, 3, 8, 9)]
+
+
 def test_kill_9_loses_at_most_the_work_since_the_last_save(start, tmp_path):
     """Killed while it saves after every step: the newest file is whole, leftovers vanish, the run goes on."""
     folder, path, step = tmp_path / "model", None, 0

@@ -52,5 +52,6 @@ def test_a_resumed_run_is_the_same_run(run):
     run("--resume", "model/unet32_e0.pth", "--out-dir", "again", "--device", "cpu")
     again = checkpoint.load("again/unet32_e1.pth")
     assert again["config"]["optimizer"] == "muon"
+    assert "momentum" in again["optimizer"]["state"][0]  # AdamW has none
     assert states_equal(straight, again)
     assert straight["log"][1]["train_loss"] < straight["log"][0]["train_loss"]

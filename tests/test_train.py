@@ -2,6 +2,8 @@
 
 import argparse
 import csv
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -84,6 +86,24 @@ def test_noise_of_a_step():
     spread, same = train.draw_noise((3600, 1, 4, 4), 10, "cpu", 0, 7, continuous=True)
     assert torch.equal(same, eps) and torch.equal(spread.round(), t.float())
     assert torch.histc(spread, 36, 0.5, 9.5).sub(100).abs().max() < 50  # 36 equal parts of the range
+
+
+def test_settings_reach_the_training(run, monkeypatch):
+    seen, noise_loss = [], diffusion.noise_loss
+
+    def seen_loss(model, x0, eps, t, T):
+        seen.append((t, T))
+        return noise_loss(model, x0, eps, t, T)
+
+    monkeypatch.setattr(diffusion, "noise_loss", seen_loss)
+    settings = ("--continuous-t", "--noise-steps", 7, "--beta2", 0.8, "--weight-decay", 0.3)
+    run("--epochs", 1, *settings, *SMALL)
+    (group,) = checkpoint.load("model/unet32_e0.pth")["optimizer"]["param_groups"]
+    assert tuple(group["betas"]) == (0.9, 0.8) and group["weight_decay"] == 0.3
+    assert [T for _, T in seen] == [7] * 5  # four updates and the held-out loss
+    t = torch.cat([t for t, _ in seen[:4]])
+    assert (t != t.round()).all() and t.min() >= 0.5 and t.max() <= 6.5
+    assert seen[4][0].tolist() == [1, 2, 3, 4]
 
 
 def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
@@ -189,8 +209,9 @@ def test_a_checkpoint_of_other_images_is_refused(run, pictures, tmp_path):
 
 
 def test_what_cannot_be_resumed_is_said(run, tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint \(unet32_e\*.pth\) in model"):
-        run("--resume", "auto")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint \(unet32_e\*.pth\) in modle"):
+        run("--resume", "auto", "--out-dir", "modle")
+    assert not Path("modle").exists()
     with pytest.raises(checkpoint.CheckpointError, match=r"nowhere.pth does not exist"):
         run("--resume", "nowhere.pth")
     (tmp_path / "junk.pth").write_bytes(b"junk")
@@ -221,11 +242,19 @@ def test_a_run_on_built_in_images_resumes_when_the_network_is_back(run, monkeypa
     assert checkpoint.load("model/unet32_e1.pth")["config"]["dataset"] == "leaves"
 
 
-def test_overwrite_deletes_nothing_before_there_is_something_new(run):
+def test_overwrite_deletes_nothing_before_there_is_something_new(run, monkeypatch):
     run("--epochs", 1, *SMALL)
     with pytest.raises(FloatingPointError):
         run("--epochs", 1, "--overwrite", "--lr", 1e9, *SMALL, "--precision", "float32")
     assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 0.002
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(checkpoint.CheckpointError, match=r"could not be saved .*No space left"):
+        run("--epochs", 1, "--overwrite", "--seed", 1, *SMALL)
+    assert checkpoint.load("model/unet32_e0.pth")["config"]["seed"] == 0
 
 
 def test_settings_that_cannot_be_are_refused(run):
@@ -286,17 +315,25 @@ def test_where_nothing_can_be_compiled_training_goes_on_without(run, monkeypatch
 # ---- several ranks ----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one(run, script, pictures):
+def test_two_processes_train_as_one(run, script, pictures, tmp_path):
     """torchrun with two CPU processes: gradients of the first step to 1e-5, losses of 50 steps to 1e-3."""
+    many = tmp_path / "many"
+    shutil.copytree(pictures, many)
+    for i in range(8, 16):
+        (many / f"train/{i}.png").unlink()
+    for i in range(300):  # more than a batch of the held-out loss, so that both processes have some
+        shutil.copy(many / "test/0.png", many / f"test/more{i}.png")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    for name, epochs in (("first", 1), ("fifty", 50)):
-        args = ("--dataset", "folder", "--data-dir", pictures, "--limit", 8, "--batch-size", 8, "--epochs", epochs)
+    for name, epochs, where, limit in (("first", 1, many, 304), ("fifty", 50, pictures, 8)):
+        args = ("--dataset", "folder", "--data-dir", where, "--limit", limit, "--batch-size", 8, "--epochs", epochs)
         args += ("--save-model-epochs", 50, "--precision", "float32", "--device", "cpu", "--lr", 2e-4)
         run(*args, "--out-dir", f"{name}1")
         process = script("train.py", *args, "--out-dir", f"{name}2", launcher=launcher, OMP_NUM_THREADS="1")
         assert process.returncode == 0, process.stderr
         assert process.stdout.count("model saved:") == 1  # by rank 0 alone
-    one, two = (checkpoint.load(f"first{n}/unet32_e0.pth")["optimizer"]["state"] for n in (1, 2))
+    one, two = (checkpoint.load(f"first{n}/unet32_e0.pth") for n in (1, 2))
+    assert two["log"][0]["test_loss"] == pytest.approx(one["log"][0]["test_loss"], rel=1e-4)
+    one, two = one["optimizer"]["state"], two["optimizer"]["state"]
     for i in one:  # after one step exp_avg is 0.1 times the gradient
         difference = (one[i]["exp_avg"] - two[i]["exp_avg"]).norm() / one[i]["exp_avg"].norm()
         assert difference < 1e-5
