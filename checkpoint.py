@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import data
 import unet
 
 try:
@@ -208,7 +209,7 @@ def load_model(path, device):
     config = state["config"]
     model = unet.build(config["model"], config["t_dim"])
     load_weights(model, state, path)
-    return model.to(device, memory_format=torch.channels_last).eval(), config
+    return model.to(device, memory_format=data.memory_format(device)).eval(), config
 
 
 def load_weights(model, state, path):

@@ -208,7 +208,10 @@ def run(main, *mistakes):
         # What gloo and NCCL say when a peer is gone: Connection closed, Connection reset, Broken pipe, ...
         if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|onnection", str(error)):
             raise
-        sys.exit("error: another process of the run ended; see its message, then go on with --resume auto")
+        sys.exit(
+            f"error: {' '.join(str(error).split())[:500]} (if another process of the run ended, see its message, and go on with "
+            "--resume auto)"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

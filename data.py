@@ -110,9 +110,17 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int(seed))
 
 
+def memory_format(device):
+    """The layout in which convolutions are fastest: channels_last.
+
+    Not on Apple's MPS, where it is slower and, in some versions, wrong (PyTorch's issues 107214, 180984 and 193349).
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
 def scale(images):
     """uint8 images as float32 in [-1, 1]; on the 0-255 scale a difference is 127.5 times as large."""
-    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (images.float() / 127.5 - 1).contiguous(memory_format=memory_format(images.device))
 
 
 def held_out_noise(images, start):
@@ -300,7 +308,10 @@ def kept(path, make):
 
 
 def image_files(root):
-    """The files below root with an image file's ending, as sorted relative paths. Links are followed, loops are not."""
+    """The files below root with an image file's ending, as sorted relative paths with / on every system.
+
+    Links are followed, loops are not.
+    """
     seen, files = set(), []
 
     def refuse(error):
@@ -312,7 +323,7 @@ def image_files(root):
             continue
         seen.add(os.path.realpath(path))
         files += [
-            os.path.relpath(os.path.join(path, name), root)
+            Path(os.path.relpath(os.path.join(path, name), root)).as_posix()
             for name in names
             if Path(name).suffix.lower() in IMAGE_FILES
         ]
@@ -365,5 +376,5 @@ def cached_leaves(split, data_dir, seed=0):
         progress = tqdm(LEAVES_CHUNKS[split], f"making {split} images", leave=False, mininterval=1)
         return torch.cat([leaves.dead_leaves(250, generator("cpu", seed, LEAVES, i)) for i in progress])
 
-    recipe = zlib.crc32(Path(leaves.__file__).read_bytes())  # a changed leaves.py makes other images
+    recipe = zlib.crc32(Path(leaves.__file__).read_text("utf-8").encode())  # a changed leaves.py makes other images
     return kept(Path(data_dir) / f"leaves-{split}-{seed}-{recipe:08x}.npy", make)

@@ -53,7 +53,7 @@ def denoise(model, pixels, T, sigma=None, steps=1, device="cpu"):
 
     def to_x(part):
         x = torch.from_numpy(part.astype(np.float32)).to(device)[None]
-        return (gain * (2 * x / top - 1)).contiguous(memory_format=torch.channels_last)
+        return (gain * (2 * x / top - 1)).contiguous(memory_format=data.memory_format(device))
 
     def denoise_block(part):
         t = torch.tensor([gain * sigma * T], device=device)

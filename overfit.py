@@ -51,7 +51,7 @@ def main():
     eps = torch.randn(x0.shape, generator=data.generator("cpu", cfg.seed, data.NOISE, 0)).to(device)
     t = torch.tensor([cfg.t], device=device)
     torch.manual_seed(cfg.seed)
-    model = unet.build(cfg.model, cfg.t_dim).to(device, memory_format=torch.channels_last)
+    model = unet.build(cfg.model, cfg.t_dim).to(device, memory_format=data.memory_format(device))
 
     started = time.time()
     loss = overfit(model, x0, eps, t, cfg.noise_steps, cfg.iterations, cfg.target, cfg.lr)

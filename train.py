@@ -76,9 +76,9 @@ def lr_at(step, cfg, steps_per_epoch):
     return cfg.lr * min(warmup, decay)
 
 
-def make_optimizer(cfg, model, device):
+def make_optimizer(cfg, model):
     kind = muon.Muon if cfg.optimizer == "muon" else torch.optim.AdamW
-    return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=device.type != "mps")
+    return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
 
 
 def draw_noise(shape, T, device, seed, step, continuous=False):
@@ -172,10 +172,11 @@ def train(cfg, world, model, optimizer, x_train, x_test, run, save, report):
             lr = lr_at(run.step, cfg, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            x0 = x0.to(device, memory_format=data.memory_format(device))
             # Every rank draws the noise of the whole batch and takes its share: the same noise on any number of ranks.
             t, eps = draw_noise((cfg.batch_size, *x0.shape[1:]), T, device, cfg.seed, run.step, cfg.continuous_t)
             with config.autocast(device, precision):
-                loss = diffusion.noise_loss(net, x0.to(device), eps[share], t[share], T)
+                loss = diffusion.noise_loss(net, x0, eps[share], t[share], T)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -219,9 +220,11 @@ def try_compiled(model, cfg, world):
     x0 = data.scale(torch.zeros(cfg.batch_size // world.size, 3, data.SIZE, data.SIZE, device=world.device))
     t, eps = draw_noise(x0.shape, cfg.noise_steps, world.device, 0, 0, cfg.continuous_t)
     try:
-        with config.autocast(world.device, getattr(torch, cfg.precision)):
-            loss = diffusion.noise_loss(model, x0, eps, t, cfg.noise_steps)
-        loss.backward()
+        for _ in range(3):  # the first compiles, the second records CUDA graphs, the third replays them
+            with config.autocast(world.device, getattr(torch, cfg.precision)):
+                loss = diffusion.noise_loss(model, x0, eps, t, cfg.noise_steps)
+            loss.backward()
+            model.zero_grad()
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old: each has its own kind
         torch.compiler.set_stance("force_eager")
         speak(
@@ -448,8 +451,8 @@ def main():
     say(f"data: {about['source']}; {about['test_source']}")
 
     torch.manual_seed(cfg.seed)
-    model = unet.build(cfg.model, cfg.t_dim).to(world.device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(cfg, model, world.device)
+    model = unet.build(cfg.model, cfg.t_dim).to(world.device, memory_format=data.memory_format(world.device))
+    optimizer = make_optimizer(cfg, model)
     say(
         f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}, "
         f"{cfg.precision}; {cfg.epochs} epochs of {cfg.batch_size}-image batches"

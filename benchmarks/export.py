@@ -45,7 +45,7 @@ def main():
     for name, weights in (("float32", state["model"]), ("float16", halved)):
         model = unet.build(settings["model"], settings["t_dim"])
         model.load_state_dict(weights)
-        model.to(device, memory_format=torch.channels_last)
+        model.to(device, memory_format=data.memory_format(device))
         losses[name] = train.held_out_loss(model, images, settings["noise_steps"], torch.float32, world)
         print(f"held-out loss with {name} weights: {losses[name]:.5f} ({source})")
     if abs(losses["float16"] - losses["float32"]) >= MOST:

@@ -63,7 +63,7 @@ def matrix_rate(dtype, device):
 @torch.inference_mode()
 def inference_rate(dtype, device, batch_size):
     """Images a second through the network in evaluation mode."""
-    model = unet.UNet().to(device, memory_format=torch.channels_last).eval()
+    model = unet.UNet().to(device, memory_format=data.memory_format(device)).eval()
     x = data.scale(torch.zeros(batch_size, 3, data.SIZE, data.SIZE, device=device))
     t = torch.ones(batch_size, device=device)
     with config.autocast(device, dtype):

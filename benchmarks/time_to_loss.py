@@ -57,8 +57,8 @@ class Training:
 
     def __init__(self, factory, cfg, images, device, steps_per_epoch):
         torch.manual_seed(cfg.seed)
-        self.model = factory().to(device, memory_format=torch.channels_last)
-        self.optimizer = train.make_optimizer(cfg, self.model, device)
+        self.model = factory().to(device, memory_format=data.memory_format(device))
+        self.optimizer = train.make_optimizer(cfg, self.model)
         self.cfg, self.device, self.steps_per_epoch = cfg, device, steps_per_epoch
         self.batches = endless_batches(cfg, images)
         self.step, self.seconds = 0, 0.0

@@ -111,6 +111,15 @@ def test_without_a_network(no_network, few_leaves, tmp_path, capsys):
     assert warnings.count("WARNING") == 1 and "downloading it failed" in warnings
 
 
+def test_leaves_are_found_again_whatever_the_line_endings_of_their_code(few_leaves, tmp_path, monkeypatch):
+    images = data.cached_leaves("test", str(tmp_path))
+    code = data.Path(leaves.__file__).read_bytes()
+    (tmp_path / "leaves.py").write_bytes(code.replace(b"\n", b"\r\n"))  # as Git leaves it under Windows
+    monkeypatch.setattr(leaves, "__file__", str(tmp_path / "leaves.py"))
+    monkeypatch.setattr(leaves, "dead_leaves", None)
+    assert torch.equal(data.cached_leaves("test", str(tmp_path)), images)
+
+
 # ---- a folder of pictures ---------------------------------------------------------------------------------------
 
 
