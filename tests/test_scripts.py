@@ -82,7 +82,7 @@ def test_overfit_says_when_the_loss_does_not_get_there(script, pictures):
     assert process.returncode == 1 and "stopped at nan" in process.stderr
     process = script("overfit.py", "--t", 10)
     assert process.returncode == 1
-    assert last_line(process.stderr) == "error: --t 10 is outside 1 ... 9; lower it or raise --noise-steps"
+    assert last_line(process.stderr) == "error: --t 10 is outside 1 ... 9; lower it"
 
 
 def test_train_then_visualize(script, pictures, tmp_path):
