@@ -68,8 +68,8 @@ def network(model, T, steps=1):
 
 def fixed_noise(images):
     """The noise of every image, that of train.held_out_loss."""
-    starts = range(0, len(images), data.TEST_BATCH)
-    return torch.cat([data.held_out_noise(images[i : i + data.TEST_BATCH], i) for i in starts])
+    parts = enumerate(images.split(data.TEST_BATCH))
+    return torch.cat([data.held_out_noise(part, i * data.TEST_BATCH) for i, part in parts])
 
 
 def quality(x0_hat, x0, x_t, sigma):

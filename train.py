@@ -307,10 +307,12 @@ def join_world(cfg):
 
 def load_images(cfg, world):
     """x_train, x_test (uint8, on the device) and what is known of them; cfg.dataset becomes what auto stood for."""
-    answer = [data.resolve(cfg.dataset, cfg.data_dir) if world.rank == 0 else None]
+    if world.rank == 0:
+        cfg.dataset = data.resolve(cfg.dataset, cfg.data_dir)
     if world.size > 1:  # one answer for all: a download can fail on one machine and not on another
+        answer = [cfg.dataset]
         dist.broadcast_object_list(answer)
-    (cfg.dataset,) = answer
+        cfg.dataset = answer[0]
     if world.local_rank > 0:  # the first process of a machine downloads or makes the images, ...
         dist.barrier()
     options = (cfg.dataset, cfg.data_dir, cfg.crops_per_image, cfg.limit, 0, cfg.skip_bad_images, cfg.max_pixels)

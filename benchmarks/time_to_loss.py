@@ -69,7 +69,7 @@ class Training:
         while self.step < steps and self.seconds < seconds:
             for group in self.optimizer.param_groups:
                 group["lr"] = train.lr_at(self.step, self.cfg, self.steps_per_epoch)
-            x0 = next(self.batches).to(self.device)
+            x0 = next(self.batches).to(self.device, memory_format=data.memory_format(self.device))
             t, eps = train.draw_noise(
                 x0.shape, self.cfg.noise_steps, self.device, self.cfg.seed, self.step, self.cfg.continuous_t
             )
