@@ -1,23 +1,41 @@
 """The noise process and its inverse: pure functions of tensors and of any callable model(x, t) -> eps_hat.
 
-    x_t    = add_noise(x0, eps, t, T)      # linear noise, sigma = t / T
+    x_t    = add_noise(x0, eps, t, T)          # linear noise, sigma = t / T
     loss   = noise_loss(model, x0, eps, t, T)
-    x0_hat = denoise(model, x_t, t, T)     # one step: the MMSE estimate, best PSNR
+    x0_hat = denoise(model, x_t, t, T)         # one step: the MMSE estimate, best PSNR
     x0_hat = denoise_steps(model, x_t, t, T)   # several steps: sharper
     sigma  = estimate_sigma(model, x_t, T)     # the noise level, from the noisy image alone
 
 Shapes: images (B, C, H, W) in [-1, 1]; t (B,), integer or float, 0 <= t <= T. Nothing is clipped.
 """
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
+GREY_LEVELS = 127.5  # of 255 in a unit of the [-1, 1] scale: the literature's sigma = 25 is 25 / GREY_LEVELS here
+
+# ---- the noise schedule: these two functions and nothing else ----------------------------------------------------
+
+
+def sigma_of(t, T):
+    """The noise level of step t of T: sigma = t / T."""
+    return t / T
+
+
+def t_of(sigma, T):
+    """The step, fractional in general, of a noise level: the inverse of sigma_of."""
+    return sigma * T
+
+
+# ---- noise and loss ----------------------------------------------------------------------------------------------
+
 
 def noise_level(t, T):
-    """sigma = t / T for every image, as (B, 1, 1, 1). Times 127.5 it is the level on the 0-255 pixel scale."""
-    return (t / T)[:, None, None, None]
+    """sigma of every image, as (B, 1, 1, 1)."""
+    return sigma_of(t, T)[:, None, None, None]
 
 
 def add_noise(x0, eps, t, T):
@@ -31,35 +49,62 @@ def noise_loss(model, x0, eps, t, T):
     return F.mse_loss(eps_hat.float(), eps)
 
 
+# ---- denoising ---------------------------------------------------------------------------------------------------
+
+
 def denoise(model, x_t, t, T):
     """One step: x0_hat = x_t - sigma * eps_hat, an estimate of E[x0 | x_t] (Tweedie's formula, Robbins 1956)."""
     return x_t - noise_level(t, T) * model(x_t, t).float()
 
 
-def denoise_steps(model, x_t, t, T, steps=None):
-    """Several steps: Euler's method on the probability-flow equation dx/dsigma = eps_hat, from sigma down to 0.
+def denoise_steps(model, x_t, t, T, steps=None, sampler="euler"):
+    """Several steps down the probability-flow equation dx/dsigma = eps_hat, from the level of t to 0.
 
-    It is DDIM with eta = 0 for this process (Song et al. 2021, arXiv 2010.02502; Karras et al. 2022, arXiv
-    2206.00364). steps=None walks the integer grid t, t-1, ..., 0, which the model was trained on; a number K takes
-    K equal steps through fractional t, and K = 1 is `denoise`. Returns x0_hat, shaped like x_t.
+    steps=None walks the integer grid t, t-1, ..., 0, which the model was trained on; a number K takes K steps equal in
+    t. sampler: one of SAMPLERS; with "euler", K = 1 is `denoise`. Returns x0_hat, shaped like x_t.
     """
     t = t.float()
     stride = torch.ones_like(t) if steps is None else t / steps
-    x = x_t
-    for k in range(int(t.max().ceil()) if steps is None else steps):
-        t_now = (t - k * stride).clamp(min=0)
-        t_next = (t - (k + 1) * stride).clamp(min=0)
-        x = x + noise_level(t_next - t_now, T) * model(x, t_now).float()
+    count = int(t.max().ceil()) if steps is None else steps
+    return SAMPLERS[sampler](model, x_t, [(t - k * stride).clamp(min=0) for k in range(count + 1)], T)
+
+
+def euler(model, x, ts, T):
+    """Euler's method, which is DDIM with eta = 0 for this process (Song et al. 2021, arXiv 2010.02502).
+
+    ts: the times to visit, each (B,), the first that of x.
+    """
+    for t, t_next in itertools.pairwise(ts):
+        x = x + (noise_level(t_next, T) - noise_level(t, T)) * model(x, t).float()
     return x
 
 
+def heun(model, x, ts, T):
+    """Heun's method, of second order (Karras et al. 2022, arXiv 2206.00364, algorithm 1): two calls a step.
+
+    The step to t = 0 is Euler's: there is no noise left to predict there.
+    """
+    for t, t_next in itertools.pairwise(ts):
+        slope, change = model(x, t).float(), noise_level(t_next, T) - noise_level(t, T)
+        if (t_next > 0).any():
+            corrected = (slope + model(x + change * slope, t_next).float()) / 2
+            slope = torch.where((t_next > 0)[:, None, None, None], corrected, slope)
+        x = x + change * slope
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun}  # to add one: a function of (model, x, ts, T), and its line here
+
+# ---- the noise level of an image ---------------------------------------------------------------------------------
+
+
 def estimate_sigma(model, x_t, T, iterations=9):
-    """The noise level of each image from the image alone, (B,), in units of [-1, 1]; times 127.5 on the 0-255 scale.
+    """The noise level of each image from the image alone, (B,), for white noise.
 
     It is the level of greatest likelihood. The density p of the noisy images obeys the heat equation, dp/dsigma =
     sigma * laplacian(p), and its score is -eps_hat / sigma; hence d log p / dsigma = |eps_hat|^2 / sigma - div eps_hat.
-    The root is found by bisection of 0 < t < T, so that 0 and 1 mean "at most" and "at least" (each iteration halves
-    the error, 1/2 before the first). The divergence is Hutchinson's estimate (1990) with one fixed random probe. The
+    The root is found by bisection of 0 < t < T, so that the levels of 0 and T mean "at most" and "at least" (each
+    iteration halves the error). The divergence is Hutchinson's estimate (1990) with one fixed random probe. The
     model must know the time step and be differentiable almost everywhere. Two calls of the model an iteration.
     """
     probe = 2 * torch.randint(2, x_t.shape, generator=torch.Generator().manual_seed(0)).to(x_t) - 1
@@ -73,19 +118,13 @@ def estimate_sigma(model, x_t, T, iterations=9):
         divergence = probe * (model(x_t + h * probe, t).float() - eps_hat) / h
         noisier = (eps_hat.square() - sigma * divergence).mean(dim=(1, 2, 3)) > 0
         low, high = torch.where(noisier, t, low), torch.where(noisier, high, t)
-    return (low + high) / 2 / T
+    return sigma_of((low + high) / 2, T)
 
 
 def grey(model):
     """A model of colour images as one of y, (B, 1, H, W), their coordinate along (1, 1, 1) / sqrt(3).
 
-    A grey image is three equal channels, so the noise that they share is stronger than the model expects of it: the image
-    x with noise of level sigma is y = sqrt(3) * x with noise of level sqrt(3) * sigma on that axis, and none on others.
+    A grey image is three equal channels, so the noise that they share is stronger than the model expects of it: the
+    image x with noise of level sigma is y = sqrt(3) x with noise of level sqrt(3) sigma on that axis, and none on others.
     """
     return lambda y, t: model((y / math.sqrt(3)).expand(-1, 3, -1, -1), t).sum(dim=1, keepdim=True) / math.sqrt(3)
-
-
-def psnr(x, x0):
-    """Peak signal-to-noise ratio of each image in dB, (B,): both clipped to [-1, 1] and compared on the 0-255 scale."""
-    error = 127.5 * (x.float().clamp(-1, 1) - x0.float().clamp(-1, 1))
-    return 10 * torch.log10(255**2 / error.square().mean(dim=(1, 2, 3)))

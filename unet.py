@@ -1,5 +1,5 @@
-"""The networks: UNet predicts the noise in an image from the image and the time step; PlainUNet, its control,
-has the same shape and does not know the time step.
+"""The networks: UNet predicts the noise in an image from the image and the time step; PlainUNet, its control, has the
+same shape and does not know the time step.
 
     model = UNet()
     eps_hat = model(x_t, t)        # x_t (B, 3, H, W), t (B,) -> (B, 3, H, W)
@@ -8,9 +8,12 @@ The U-shape is that of Ronneberger et al. 2015 (arXiv 1505.04597), the time cond
 that of DDPM (Ho et al. 2020, arXiv 2006.11239), both reduced to what 32x32 images need: 2,176,515 parameters.
 """
 
+import inspect
+
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+
+from config import Setting, whole
 
 
 class ResidualBlock(nn.Module):
@@ -23,33 +26,50 @@ class ResidualBlock(nn.Module):
         self.t_proj = nn.Linear(t_dim, out_channels)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.relu = nn.ReLU()
 
     def forward(self, x, t_emb):
-        h = F.relu(self.conv1(x))
+        h = self.relu(self.conv1(x))
         h = h + self.t_proj(t_emb)[:, :, None, None]
-        h = F.relu(self.conv2(h))
+        h = self.relu(self.conv2(h))
         return h + self.shortcut(x)
+
+
+class Level(ResidualBlock):
+    """`blocks` residual blocks at one resolution, of which the first changes the width."""
+
+    def __init__(self, in_channels, out_channels, t_dim, blocks):
+        super().__init__(in_channels, out_channels, t_dim)
+        self.more = nn.ModuleList(ResidualBlock(out_channels, out_channels, t_dim) for _ in range(blocks - 1))
+
+    def forward(self, x, t_emb):
+        h = super().forward(x, t_emb)
+        for block in self.more:
+            h = block(h, t_emb)
+        return h
 
 
 class UNet(nn.Module):
     """Time-conditioned U-Net, the noise predictor eps_hat = model(x_t, t).
 
-    widths: channels at full, half and quarter resolution. t_dim: width of the time embedding.
+    widths: channels at full, half and quarter resolution. blocks: residual blocks a level. t_dim: width of the time
+    embedding. noise_steps: T; the embedding sees 10 t / T, so that its range is the same for every T.
     """
 
-    def __init__(self, image_channels=3, widths=(64, 128, 256), t_dim=256):
+    def __init__(self, image_channels=3, widths=(64, 128, 256), t_dim=256, blocks=1, noise_steps=10):
         super().__init__()
         w1, w2, w3 = widths
+        self.t_scale = 10 / noise_steps
         self.time_mlp = nn.Sequential(nn.Linear(1, t_dim), nn.ReLU(), nn.Linear(t_dim, t_dim))
-        self.enc1 = ResidualBlock(image_channels, w1, t_dim)
+        self.enc1 = Level(image_channels, w1, t_dim, blocks)
         self.pool1 = nn.MaxPool2d(2)
-        self.enc2 = ResidualBlock(w1, w2, t_dim)
+        self.enc2 = Level(w1, w2, t_dim, blocks)
         self.pool2 = nn.MaxPool2d(2)
-        self.bottleneck = ResidualBlock(w2, w3, t_dim)
+        self.bottleneck = Level(w2, w3, t_dim, blocks)
         self.up1 = nn.ConvTranspose2d(w3, w2, 2, stride=2)
-        self.dec1 = ResidualBlock(w2 + w2, w2, t_dim)
+        self.dec1 = Level(w2 + w2, w2, t_dim, blocks)
         self.up2 = nn.ConvTranspose2d(w2, w1, 2, stride=2)
-        self.dec2 = ResidualBlock(w1 + w1, w1, t_dim)
+        self.dec2 = Level(w1 + w1, w1, t_dim, blocks)
         self.final = nn.Conv2d(w1, image_channels, 1)
 
     def forward(self, x, t):
@@ -59,7 +79,7 @@ class UNet(nn.Module):
         """
         check_size(x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round t to 8 significant bits
-            t_emb = self.time_mlp(t.float()[:, None])  # (B, t_dim)
+            t_emb = self.time_mlp(self.t_scale * t.float()[:, None])  # (B, t_dim)
         e1 = self.enc1(x, t_emb)  # (B, 64, H, W)
         e2 = self.enc2(self.pool1(e1), t_emb)  # (B, 128, H/2, W/2)
         h = self.bottleneck(self.pool2(e2), t_emb)  # (B, 256, H/4, W/4)
@@ -114,6 +134,25 @@ def check_size(x):
         raise ValueError(f"image height and width must be multiples of 4, not {height}x{width}")
 
 
-def build(model, t_dim=256, image_channels=3):
-    """The network that --model names: "unet" or "plain" (which has no use for t_dim)."""
-    return UNet(image_channels, t_dim=t_dim) if model == "unet" else PlainUNet(image_channels)
+# To add a network: a class with forward(x, t), its line here, and what is new among its arguments in SETTINGS.
+NETWORKS = {"unet": UNet, "plain": PlainUNet}
+SETTINGS = {
+    "model": Setting("unet", tuple(NETWORKS), "network; plain: the control without time conditioning"),
+    "widths": Setting((64, 128, 256), whole(1, 4096), "channels at full, half and quarter resolution", count=3),
+    "blocks": Setting(1, whole(1, 16), "residual blocks a level"),
+    "t_dim": Setting(256, whole(1, 65536), "width of the time embedding, channels"),
+    "noise_steps": Setting(10, whole(2, 1000), "T: sigma = t / T with t from 1 to T-1"),
+}
+
+
+def describe(cfg):
+    """What a checkpoint keeps under "network": the name of the network of `cfg` and those settings that it takes."""
+    arguments = inspect.signature(NETWORKS[cfg.model]).parameters
+    return {"name": cfg.model} | {name: getattr(cfg, name) for name in SETTINGS if name in arguments}
+
+
+def build(name, **arguments):
+    """The network that `describe` described. Raises ValueError if there is none of this name, TypeError for arguments."""
+    if name not in NETWORKS:
+        raise ValueError(f"there is no network {name!r}, only {', '.join(NETWORKS)}")
+    return NETWORKS[name](**arguments)

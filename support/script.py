@@ -1,0 +1,89 @@
+"""What the commands share: a user's mistake ends in one line, and output that cannot be written harms nothing.
+
+if __name__ == "__main__":
+    script.run(main)
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from config import UserError
+
+
+class Unfailing:
+    """A text stream that drops what cannot be written and replaces what cannot be encoded.
+
+    A full disk, a closed pipe, a missing stream or an ASCII terminal must not end a training or lose a table.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream if stream is not None else io.StringIO()
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def run(main):
+    """Run main(). A UserError becomes one line, `error: ...`, on stderr and exit code 1; Ctrl-C exit code 130."""
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    try:
+        main()
+    except (UserError, OSError) as error:
+        fail(error)
+    except torch.OutOfMemoryError:
+        fail("the GPU's memory is full; use --device cpu, or in training a smaller --batch-size")
+    except MemoryError:
+        fail("there is not enough memory; use fewer or smaller images, or a smaller network")
+    except RuntimeError as error:
+        fail(explain(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        leave(130)
+    leave(0)
+
+
+def fail(reason):
+    print(f"error: {' '.join(str(reason).split())[:1000]}", file=sys.stderr)
+    leave(1)
+
+
+def explain(error):
+    """What a RuntimeError of PyTorch means that is no fault of the code; any other is raised again."""
+    if "DefaultCPUAllocator" in str(error):
+        return "there is not enough memory; use fewer or smaller images, or a smaller network"
+    # What gloo and NCCL say when a peer is gone: Connection closed, Connection reset, Broken pipe, ...
+    if os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|onnection", str(error)):
+        return f"{error} (if another process of the run ended, see its message; go on with --resume auto)"
+    raise error
+
+
+def leave(code):
+    """End the script; what Python still wants to write to a broken stream at exit goes nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if code:
+        sys.exit(code)
+
+
+def make_folder(folder):
+    """Make a folder for what a script will write. Raises UserError or OSError before the work, not after it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"no permission to write into {folder}; change its rights or choose another output")
