@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -82,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists every setting)\n")
 
 
-def parse(doc, settings, presets: Mapping = {}, argv=None):  # noqa: B006 - never changed
+def parse(doc, settings, presets=None, argv=None):
     """The settings as the command line gives them, frozen.
 
     A value is the flag's, else that of the preset named by --preset, else the default. `cfg.given` holds the names of
@@ -93,7 +92,7 @@ def parse(doc, settings, presets: Mapping = {}, argv=None):  # noqa: B006 - neve
         add_argument(parser, key, setting)
     given = vars(parser.parse_args(argv))
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    cfg = defaults(settings, **{**presets.get(given.get("preset"), {}), **given})
+    cfg = defaults(settings, **{**(presets or {}).get(given.get("preset"), {}), **given})
     changed = [f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if k in settings and v != settings[k].default]
     if changed and os.environ.get("RANK", "0") == "0":
         print("settings:", *changed)

@@ -125,6 +125,6 @@ def grey(model):
     """A model of colour images as one of y, (B, 1, H, W), their coordinate along (1, 1, 1) / sqrt(3).
 
     A grey image is three equal channels, so the noise that they share is stronger than the model expects of it: the
-    image x with noise of level sigma is y = sqrt(3) x with noise of level sqrt(3) sigma on that axis, and none on others.
+    image x with noise of level sigma is y = sqrt(3) x with noise of level sqrt(3) sigma on that axis, none on others.
     """
     return lambda y, t: model((y / math.sqrt(3)).expand(-1, 3, -1, -1), t).sum(dim=1, keepdim=True) / math.sqrt(3)
