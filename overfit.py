@@ -3,11 +3,9 @@
     python overfit.py              the loss falls from about 1 to below 1e-5
     python overfit.py --t 9        another noise level
 
-Prints the loss every 50 iterations, writes model/res/comparison_result_overfit.png, exits with 1 if the loss stays up.
+Writes model/res/comparison_result_overfit.png. Exits with code 1 if the loss stays up.
 """
 
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -16,11 +14,18 @@ import config
 import data
 import diffusion
 import unet
-import visualize
+from config import Setting, UserError, positive, whole
+from support import device, figures, script
 
-SETTINGS = (
-    "dataset data_dir skip_bad_images max_pixels noise_steps t model t_dim iterations target lr seed device out_dir"
-)
+SETTINGS = data.SETTINGS | unet.SETTINGS | {
+    "t":          Setting(5, whole(), "time step of the noise, from 1 to T-1"),
+    "iterations": Setting(1000, whole(), "optimizer updates at most"),
+    "target":     Setting(1e-5, positive, "loss at which the check has passed"),
+    "lr":         Setting(1e-3, positive, "learning rate at the start; it falls to 0 as the iterations run out"),
+    "seed":       Setting(0, whole(0), "of the network's weights and the noise"),
+    "out_dir":    Setting("model", config.name, "folder for the figure (in res/)"),
+    "device":     device.SETTINGS["device"],
+}  # fmt: skip
 
 
 def overfit(model, x0, eps, t, T, iterations, target, lr):
@@ -40,36 +45,28 @@ def overfit(model, x0, eps, t, T, iterations, target, lr):
 
 
 def main():
-    cfg = config.parse(__doc__, SETTINGS, lr=1e-3)  # no warm-up here, and a minimum to settle in
-    config.check_t(cfg.t, cfg.noise_steps)
-    device = config.pick_device(cfg.device)
-    images, source = data.load(
-        "test", cfg.dataset, cfg.data_dir, skip_bad_images=cfg.skip_bad_images, max_pixels=cfg.max_pixels
-    )
-    print(f"data: one of {source}")
-    x0 = data.scale(images[:1].to(device))
-    eps = torch.randn(x0.shape, generator=data.generator("cpu", cfg.seed, data.NOISE, 0)).to(device)
-    t = torch.tensor([cfg.t], device=device)
-    torch.manual_seed(cfg.seed)
-    model = unet.build(cfg.model, cfg.t_dim).to(device, memory_format=data.memory_format(device))
-
-    started = time.time()
-    loss = overfit(model, x0, eps, t, cfg.noise_steps, cfg.iterations, cfg.target, cfg.lr)
-    print(f"{time.time() - started:.1f} s on {device}")
-    x_t = diffusion.add_noise(x0, eps, t, cfg.noise_steps)
-    with torch.no_grad():
-        x0_hat = diffusion.denoise(model, x_t, t, cfg.noise_steps)
+    cfg = config.parse(__doc__, SETTINGS)
+    T, place = cfg.noise_steps, device.pick(cfg.device)
+    if cfg.t >= T:
+        raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")
+    script.make_folder(Path(cfg.out_dir) / "res")
     path = Path(cfg.out_dir) / "res" / "comparison_result_overfit.png"
-    visualize.panels(
-        path, [("original", x0[0], x0[0]), (f"noisy, t = {cfg.t}", x_t[0], x0[0]), ("reconstructed", x0_hat[0], x0[0])]
-    )
+    images, source = data.load("test", cfg)
+    print(f"data: one of {source}")
+    x0 = data.scale(images[:1].to(place))
+    eps = torch.randn(x0.shape, generator=data.generator("cpu", cfg.seed, data.NOISE, 0)).to(place)
+    t = torch.tensor([cfg.t], device=place)
+    torch.manual_seed(cfg.seed)
+    model = unet.build(**unet.describe(cfg)).to(place, memory_format=device.memory_format(place))
+    loss = overfit(model, x0, eps, t, T, cfg.iterations, cfg.target, cfg.lr)
+    x_t = diffusion.add_noise(x0, eps, t, T)
+    images = {"original": x0, f"noisy, t = {cfg.t}": x_t, "denoised": diffusion.denoise(model, x_t, t, T).detach()}
+    figures.panels(path, [(title, x[0], x0[0]) for title, x in images.items()])
     print(f"figure saved: {path}")
     if not loss < cfg.target:  # also when it is not a number
-        sys.exit(
-            f"error: the loss stopped at {loss:.1e}, above {cfg.target:.0e}: try a lower --lr or more --iterations; "
-            "if that does not help, the network, the noise or the optimizer is broken"
-        )
+        advice = "lower --lr or give more --iterations; if neither helps, the network, noise or optimizer is broken"
+        raise UserError(f"the loss stopped at {loss:.1e}, above {cfg.target:.0e}: {advice}")
 
 
 if __name__ == "__main__":
-    config.run(main, data.DataError)
+    script.run(main)
