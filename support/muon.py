@@ -1,14 +1,19 @@
 """Muon: orthogonalized momentum for the matrices, AdamW for the rest (--optimizer muon).
 
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: the momentum of a matrix is replaced by the nearest
-(semi-)orthogonal matrix, so that every direction of the weights moves at the same rate, not only the few that dominate the
-gradient.
+(semi-)orthogonal matrix, so that every direction of the weights moves at the same rate, not only the few that dominate
+the gradient.
 """
+
+import collections
 
 import torch
 
-# Odd polynomials a x + b x^3 + c x^5, applied one after the other to the singular values: the first three of Polar Express
-# (Amsel et al. 2025, arXiv 2505.16932). More, or Jordan's five, bring the values nearer to 1, cost more and train no better.
+from support import device
+
+# Odd polynomials a x + b x^3 + c x^5, applied one after the other to the singular values: the first three of Polar
+# Express (Amsel et al. 2025, arXiv 2505.16932). More, or Jordan's five, bring the values nearer to 1, cost more and
+# train no better.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -17,25 +22,28 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(m, polynomials=POLAR_EXPRESS):
-    """The orthogonal factor U V^T of m = U S V^T, roughly: (rows, columns) -> the same, bfloat16.
+    """The orthogonal factors U V^T of matrices m = U S V^T, roughly: (..., rows, columns) -> the same.
 
-    Singular values that are above a hundredth of the norm of m become 0.1 to 1.9.
+    Singular values that are above a hundredth of the norm of m become 0.1 to 1.9. Computed and returned in bfloat16
+    where the hardware is fast at it, else in float32.
     """
-    x = m.bfloat16()
-    if tall := len(m) > len(m[0]):
-        x = x.T
-    x = x / (1.02 * x.norm() + 1e-7)  # the polynomials grow fast above 1
+    x = m.to(device.pick_precision("auto", m.device))
+    tall = m.shape[-2] > m.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the polynomials grow fast above 1
     for a, b, c in polynomials:
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW in which parameters of two and more dimensions take orthogonalized steps; a kernel is a matrix (out, in * k * k).
+    """AdamW in which parameters of two and more dimensions take orthogonalized steps.
 
-    Nesterov momentum of `momentum`. A step's root mean square is 0.2 * scale * lr, that of a typical AdamW step being
-    0.2 * lr (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
+    A kernel is a matrix (out, in * k * k); matrices of one shape are orthogonalized together. Nesterov momentum of
+    `momentum`. A step's root mean square is 0.2 * scale * lr, that of a typical AdamW step being 0.2 * lr (Liu et al.
+    2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
     """
 
     def __init__(
@@ -47,17 +55,23 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
+            same_shape = collections.defaultdict(list)
             for p in group["params"]:
                 if p.ndim >= 2 and p.grad is not None:
-                    self.orthogonal_step(p, group["lr"], group["weight_decay"])
-                    p.grad = None  # AdamW passes over it
+                    same_shape[p.flatten(1).shape].append(p)
+            for parameters in same_shape.values():
+                self.orthogonal_step(parameters, group["lr"], group["weight_decay"])
         return super().step(closure)
 
-    def orthogonal_step(self, p, lr, weight_decay):
-        if not self.state[p]:
-            self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))  # AdamW looks for a step in each
-        momentum = self.state[p]["momentum"]
-        momentum.lerp_(p.grad, 1 - self.momentum)
-        direction = orthogonalize(p.grad.lerp(momentum, self.momentum).flatten(1), self.polynomials)
-        rms = 0.2 * self.scale * max(direction.shape) ** 0.5  # times its own, 1 / sqrt(longer side)
-        p.mul_(1 - lr * weight_decay).add_(direction.view_as(p), alpha=-lr * rms)
+    def orthogonal_step(self, parameters, lr, weight_decay):
+        directions = orthogonalize(torch.stack([self.nesterov(p) for p in parameters]), self.polynomials)
+        rms = 0.2 * self.scale * max(directions.shape[1:]) ** 0.5  # times their own, 1 / sqrt(longer side)
+        for p, direction in zip(parameters, directions):
+            p.mul_(1 - lr * weight_decay).add_(direction.view_as(p), alpha=-lr * rms)
+            p.grad = None  # AdamW passes over it
+
+    def nesterov(self, p):
+        if not self.state[p]:  # AdamW looks for a step in each
+            self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+        momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - self.momentum)
+        return p.grad.lerp(momentum, self.momentum).flatten(1)

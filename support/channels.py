@@ -1,0 +1,91 @@
+"""Which channels of a network are in use, and new ones for those that are not.
+
+A ReLU that never opens neither computes nor learns, and gradient descent cannot open it again.
+"""
+
+import torch
+
+from unet import ResidualBlock
+
+THRESHOLD = 0.01  # a channel is in use if it is active in more than this share of all places
+STRENGTH = 0.1  # of a recycled channel: its standard deviation over that of the shortcut that it is added to
+
+
+@torch.no_grad()
+def in_use(model, x_t, t):
+    """{block: share of its channels in use}, where a block is a part of `model` that ends in a ReLU over an image.
+
+    x_t: noisy images (B, C, H, W); t: their time steps (B,). Of a part with several ReLUs the last one counts, and a
+    channel is in use if its output is positive in more than THRESHOLD of all places of all the images.
+    """
+    shares = {}
+
+    def watch(block):
+        def hook(relu, inputs, output):
+            if output.ndim == 4:
+                shares[block] = ((output > 0).float().mean(dim=(0, 2, 3)) > THRESHOLD).float().mean().item()
+
+        return hook
+
+    relus = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.ReLU)]
+    hooks = [part.register_forward_hook(watch(name.partition(".")[0])) for name, part in relus]
+    was_training = model.training
+    model.eval()
+    try:
+        model.forward(x_t, t)  # .forward: not the compiled one, which has no hooks
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return shares
+
+
+def worst(shares):
+    """(smallest share, its block)."""
+    block = min(shares, key=shares.get)
+    return shares[block], block
+
+
+@torch.no_grad()
+def recycle(model, optimizer, x_t, t, random):
+    """Give every channel that is not in use at the end of a residual block a new kernel; returns how many there were.
+
+    Dormant neurons are recycled as in Sokar et al. 2023 (arXiv 2302.12902), but the new channel starts small instead of
+    with outgoing weights of zero, since it shares these with the shortcut: its output has STRENGTH times the standard
+    deviation of the shortcut's, and the mean of it is taken out of the shortcut's bias. The optimizer forgets what it
+    knew of the old kernel. x_t, t: noisy images to measure on; random: a CPU generator for the kernels.
+    """
+    blocks = [block for block in model.modules() if isinstance(block, ResidualBlock)]
+    return sum(recycle_block(model, block, optimizer, x_t, t, random) for block in blocks)
+
+
+def recycle_block(model, block, optimizer, x_t, t, random):
+    h, shortcut = outputs(model, (block.conv2, block.shortcut), x_t, t)
+    off = ((h > 0).float().mean(dim=(0, 2, 3)) <= THRESHOLD).nonzero().flatten()
+    if not len(off):
+        return 0
+    weight, bias = block.conv2.weight, block.conv2.bias
+    weight[off] = torch.randn(weight[off].shape, generator=random).to(weight)
+    (h,) = outputs(model, (block.conv2,), x_t, t)
+    h = h[:, off] - bias[off, None, None]
+    mean, opened = h.mean(dim=(0, 2, 3)), torch.relu(h - h.mean(dim=(0, 2, 3), keepdim=True))
+    scale = STRENGTH * shortcut[:, off].std(dim=(0, 2, 3)) / opened.std(dim=(0, 2, 3))
+    weight[off] *= scale[:, None, None, None]
+    bias[off] = -scale * mean
+    if isinstance(block.shortcut, torch.nn.Conv2d):
+        block.shortcut.bias[off] -= scale * opened.mean(dim=(0, 2, 3))
+    for parameter in (weight, bias):
+        for moment in optimizer.state[parameter].values() if parameter in optimizer.state else ():
+            if moment.shape == parameter.shape:
+                moment[off] = 0
+    return len(off)
+
+
+def outputs(model, parts, x_t, t):
+    """What each of `parts` of the model puts out, float32."""
+    found = {}
+    hooks = [part.register_forward_hook(lambda part, _, output: found.update({part: output.float()})) for part in parts]
+    model.forward(x_t, t)
+    for hook in hooks:
+        hook.remove()
+    return [found[part] for part in parts]

@@ -1,0 +1,42 @@
+"""What is measured on the held-out images after every epoch."""
+
+import torch
+import torch.distributed as dist
+
+import data
+import diffusion
+from support import channels, device
+from support.run import progress_bar
+
+
+@torch.no_grad()
+def held_out_loss(cfg, world, model, images, signals):
+    """The loss over uint8 `images`, on the same noise in every run: t is 1 ... T-1 in turn, see data.held_out_noise."""
+    total = torch.zeros((), device=world.device)
+    model.eval()
+    for buffer in model.buffers() if world.size > 1 else ():  # each rank has BatchNorm statistics of its own share
+        dist.broadcast(buffer, 0)
+    starts = range(0, len(images), world.size * data.TEST_BATCH)
+    for start in progress_bar(starts, "held-out loss", world, delay=2, leave=False):
+        i = start + world.rank * data.TEST_BATCH
+        if i < len(images):
+            x0, t, eps = held_out_batch(cfg, images, i)
+            with device.autocast(world.device, getattr(torch, cfg.precision)):
+                # .forward: uncompiled, as compiling for this batch is not worth it.
+                total += len(x0) * diffusion.noise_loss(model.forward, x0, eps, t, cfg.noise_steps)
+        signals.check()
+    model.train()
+    return float(world.sum(total)) / len(images)
+
+
+def held_out_batch(cfg, images, start):
+    """x0, t and eps of TEST_BATCH test images or fewer, of which the first is the start-th."""
+    x0 = data.scale(images[start : start + data.TEST_BATCH])
+    t = 1 + torch.arange(start, start + len(x0), device=x0.device) % (cfg.noise_steps - 1)
+    return x0, t, data.held_out_noise(x0, start)
+
+
+def channels_in_use(cfg, model, images):
+    """{block: share of its channels in use} on the first test images."""
+    x0, t, eps = held_out_batch(cfg, images[:90], 0)
+    return channels.in_use(model, diffusion.add_noise(x0, eps, t, cfg.noise_steps), t)

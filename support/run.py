@@ -1,0 +1,314 @@
+"""A training run outside its arithmetic: its folder, resuming, checkpoints, the log, the progress bar, figures.
+
+cfg, saved, folder = begin(cfg, SETTINGS)
+run = Run(cfg, world, model, optimizer, ...)
+for x0 in run.epoch(x_train):              # from where the run stands
+    ...; run.after_step(loss)
+run.after_epoch(test_loss, shares)
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import config
+import data
+import unet
+from config import UserError
+from support import channels, checkpoint, figures, loggers
+
+SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
+# A resumed run takes every setting that was not typed from its checkpoint, but for these, which belong to a start;
+PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers", "init"}
+# and a setting that was typed must not contradict the checkpoint, but for these, which do not make it another run.
+MAY_CHANGE = PER_START | {"data_dir", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
+NEEDS = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
+
+
+# ---- before the run: its folder, and what is in it ---------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Folder:
+    """The folder of a run, which it alone may use while `lock` is open."""
+
+    lock: object
+    obsolete: list  # checkpoints of another run, to be deleted once this one has saved (--overwrite)
+
+
+def begin(cfg, settings):
+    """(cfg, saved, Folder): take the run's folder, and the state to resume from or None.
+
+    A resumed run gets the settings of its checkpoint. Raises CheckpointError if another process uses the folder, if a
+    setting that was typed contradicts the checkpoint, or if checkpoints of another run would be harmed.
+    """
+    if cfg.resume not in (None, "auto") and "out_dir" not in cfg.given:
+        cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.resume).parent))
+    if cfg.resume not in (None, "auto") and not Path(cfg.resume).is_file():
+        raise checkpoint.CheckpointError(f"--resume {cfg.resume}: there is no such file; train.py names what it saves")
+    lock = checkpoint.lock(cfg.out_dir) if os.environ.get("RANK", "0") == "0" else None
+    saved, there = None, checkpoint.in_folder(cfg.out_dir)
+    if cfg.resume == "auto":
+        try:
+            path, saved = checkpoint.load_newest(cfg.out_dir, NEEDS)
+            cfg, there = dataclasses.replace(cfg, resume=str(path)), []  # what is newer is damaged
+        except checkpoint.NoCheckpointError:
+            if lock:
+                print(f"{cfg.out_dir} holds no checkpoint yet: a new run starts")
+    elif cfg.resume is not None:
+        saved = checkpoint.load(cfg.resume, needs=NEEDS)
+        if Path(cfg.out_dir).resolve() == Path(cfg.resume).resolve().parent:
+            place = checkpoint.place_of(cfg.resume) or (saved["epoch"], 0)
+            there = [path for path in there if checkpoint.place_of(path) > place]
+    if there and not cfg.overwrite:
+        raise checkpoint.CheckpointError(
+            f"{cfg.out_dir} already holds {there[-1].name}; go on from it with --resume auto, "
+            "choose another --out-dir, or replace what is there with --overwrite"
+        )
+    return settings_of(saved, cfg, settings) if saved else cfg, saved, Folder(lock, there)
+
+
+def settings_of(saved, cfg, settings):
+    """cfg with the checkpoint's settings. Raises CheckpointError if one that was typed contradicts them."""
+    values = {name: value for name, value in saved["config"].items() if name in settings and name not in PER_START}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    config.check(values, settings, cfg.resume)
+    for name in cfg.given & values.keys() - MAY_CHANGE:
+        typed = getattr(cfg, name)
+        if typed not in ("auto", values[name]):
+            flag = "--" + name.replace("_", "-")
+            raise checkpoint.CheckpointError(
+                f"{cfg.resume} was trained with {flag} {values[name]}, not {typed}; "
+                f"leave {flag} out to go on with it, or start anew in another --out-dir"
+            )
+    typed = {name for name in cfg.given & MAY_CHANGE if getattr(cfg, name) != "auto"}
+    return dataclasses.replace(cfg, **{name: value for name, value in values.items() if name not in typed})
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Where a training stands, and what happens after its steps and epochs.
+
+    images: what is known of them, a dict with "source", "test_source", "fingerprint". lr_at(step): the learning rate.
+    """
+
+    def __init__(self, cfg, world, model, optimizer, images, x_test, steps_per_epoch, lr_at, folder, signals):
+        self.cfg, self.world, self.model, self.optimizer = cfg, world, model, optimizer
+        self.images, self.x_test, self.steps_per_epoch, self.lr_at = images, x_test, steps_per_epoch, lr_at
+        self.folder, self.signals = folder, signals
+        self.step = 0
+        self.log = []  # a row an epoch
+        self.seconds = 0.0  # of the epoch under way
+        self.loss_sum = torch.zeros((), device=world.device)  # of the epoch under way, on this rank
+        self.unsaved = None  # what was wrong with the last save
+        settings = dataclasses.asdict(cfg)
+        self.settings = {name: value for name, value in settings.items() if name not in PER_START | {"given"}}
+        self.loggers = loggers.open_all(cfg.loggers, cfg.out_dir, self.settings) if world.main else []
+
+    def resume(self, saved):
+        """Go to where the checkpoint stands. Raises CheckpointError if it saw other images."""
+        cfg, world = self.cfg, self.world
+        if saved["data"]["fingerprint"] != self.images["fingerprint"]:
+            raise checkpoint.CheckpointError(
+                f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these "
+                f"({self.images['source']}); give --dataset and --data-dir as then, or start anew in another --out-dir"
+            )
+        checkpoint.load_weights(self.model, saved, cfg.resume)
+        checkpoint.load_optimizer(self.optimizer, saved, cfg.resume)
+        self.step, self.log, self.seconds = saved["step"], saved["log"], saved["seconds"]
+        sums = saved["loss_sums"].to(world.device)
+        world.say(f"resumed: {cfg.resume}, {self.step:,} steps and {len(self.log)} of {cfg.epochs} epochs done")
+        if len(sums) == world.size:
+            self.loss_sum = sums[world.rank].clone()
+        else:
+            self.loss_sum = sums.mean()
+            world.say(
+                f"{world.size} processes go on where {len(sums)} stood: the same images and noise, but not bit for bit"
+            )
+        if cfg.epochs != saved["config"]["epochs"]:
+            world.say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {saved['config']['epochs']}")
+        if self.log:
+            self.to_loggers(lambda logger: logger.log(self.log))  # log.csv may have run ahead, or be in another folder
+        if len(self.log) >= cfg.epochs:
+            world.say("nothing is left to train; give a larger --epochs to go on")
+
+    @property
+    def lr(self):
+        """The learning rate of the last update."""
+        return self.lr_at(self.step - 1)
+
+    def epoch(self, images):
+        """What is left of the epoch under way, batch by batch, with a progress bar."""
+        cfg, world, epoch = self.cfg, self.world, len(self.log)
+        done = self.step - epoch * self.steps_per_epoch  # not 0 where the run was stopped inside this epoch
+        self.started, self.shown = time.monotonic() - self.seconds, time.monotonic()
+        batches = data.batches(images, cfg, epoch, world.rank, world.size, done)
+        name = f"Epoch {epoch + 1}/{cfg.epochs}"
+        self.bar = progress_bar(batches, name, world, initial=done, total=self.steps_per_epoch)
+        return self.bar
+
+    def recycling_is_due(self):
+        """At the first step of an epoch, in the share of the run that cfg.recycle says."""
+        total = self.cfg.epochs * self.steps_per_epoch
+        return self.step % self.steps_per_epoch == 0 and self.step < self.cfg.recycle * total
+
+    def after_step(self, loss):
+        """Count the step, show it, save if that is due. Raises Stopped after a signal."""
+        self.step += 1
+        self.loss_sum += loss.detach()
+        self.seconds = time.monotonic() - self.started
+        if time.monotonic() - self.shown >= SHOW_EVERY:
+            self.shown = time.monotonic()
+            done = self.step - len(self.log) * self.steps_per_epoch
+            mean = self.finite(self.loss_sum / done)
+            text = f"loss {mean:.4f}, lr {self.lr:.1e}, {self.speed(done):.0f} images/s"
+            if "channels_in_use" in (self.log or [{}])[-1]:
+                text += f", {self.log[-1]['channels_in_use']:.0%} of {self.log[-1]['of_block']} in use"
+            self.bar.set_postfix_str(f"{text}, run {self.time_left()} left", refresh=False)
+        if self.cfg.save_every_steps and self.step % self.cfg.save_every_steps == 0:
+            self.save()
+        self.signals.check(self.step)
+
+    def after_epoch(self, test_loss, shares):
+        """A row of the log, a checkpoint, a line, a figure. shares: see channels.in_use."""
+        total = self.world.sum(self.loss_sum.clone()) / self.world.size
+        share, block = channels.worst(shares) if shares else (math.nan, "")
+        self.log.append(
+            dict(
+                epoch=len(self.log),
+                step=self.step,
+                train_loss=self.finite(total / self.steps_per_epoch),
+                test_loss=self.finite(test_loss),
+                lr=self.lr,
+                images_per_second=round(self.speed(self.steps_per_epoch), 1),
+                seconds=round(self.seconds_before() + time.monotonic() - self.started, 1),
+                channels_in_use=round(share, 3),
+                of_block=block,
+            )
+        )
+        self.loss_sum, self.seconds = torch.zeros_like(self.loss_sum), 0.0
+        if len(self.log) % self.cfg.save_model_epochs == 0 or len(self.log) == self.cfg.epochs:
+            self.save()
+        if self.world.main:
+            self.report()
+
+    def report(self):
+        """Print, log and draw what the last epoch gave."""
+        row, cfg = self.log[-1], self.cfg
+        self.world.say(
+            f"epoch {row['epoch'] + 1}/{cfg.epochs}: train loss {row['train_loss']:.4f}, "
+            f"held-out loss {row['test_loss']:.4f}, {row['images_per_second']:.0f} images/s, "
+            f"{row['channels_in_use']:.0%} of the channels of {row['of_block']} in use, {self.time_left()} left"
+        )
+        self.to_loggers(lambda logger: logger.log(self.log))
+        if cfg.sample_every_epochs and (row["epoch"] + 1) % cfg.sample_every_epochs == 0:
+            path = Path(cfg.out_dir) / "res" / f"comparison_result_unet32_e{row['epoch']}.png"
+            try:
+                figures.comparison_grid(self.model, self.x_test, cfg.noise_steps, path)
+            except OSError as error:
+                self.world.warn(f"{path} could not be saved ({error}); training goes on")
+                return
+            self.world.say(f"figure saved: {path}")
+            self.to_loggers(lambda logger: logger.figure(path, row["step"]))
+
+    def to_loggers(self, action):
+        for logger in self.loggers:
+            try:
+                action(logger)
+            except OSError as error:  # the next checkpoint holds the log too
+                self.world.warn(f"the log could not be written ({error}); training goes on")
+
+    def save(self):
+        """Save where the run stands; returns whether it is on the disk. After a failure the next save tries again."""
+        world = self.world
+        sums = torch.zeros(world.size, device=world.device)
+        sums[world.rank] = self.loss_sum
+        world.sum(sums)
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        if not all(x.isfinite().all() for x in (sums, *self.model.state_dict().values(), *moments)):
+            raise UserError(
+                f"not finite by step {self.step} at a learning rate of {self.lr:.1e}, not saved; lower --lr"
+            )
+        if not world.main or self.step == 0:
+            return False
+        finished = bool(self.log) and self.log[-1]["step"] == self.step
+        epoch = len(self.log) - finished
+        path = checkpoint.path_of(self.cfg.out_dir, epoch, None if finished else self.step)
+        state = dict(
+            model=self.model.state_dict(),
+            network=unet.describe(self.cfg),
+            optimizer=self.optimizer.state_dict(),
+            epoch=epoch,
+            step=self.step,
+            config=self.settings,
+            data=self.images,
+            log=self.log,
+            loss_sums=sums.cpu(),
+            seconds=self.seconds,
+        )
+        try:
+            checkpoint.save(path, state)
+        except OSError as error:
+            self.unsaved = f"{path} could not be saved ({error})"
+            world.warn(f"{self.unsaved}; training goes on, the next save tries again")
+            return False
+        world.say(f"model saved: {path}")
+        delete(old for old in self.folder.obsolete if old != path)
+        self.unsaved, self.folder.obsolete = None, []
+        prune(path, finished)
+        return True
+
+    def finite(self, loss):
+        """The loss, a number or a tensor, as a float. Raises UserError."""
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} by step {self.step} at a learning rate of {self.lr:.1e}; lower --lr")
+        return loss
+
+    def speed(self, steps):
+        """Images a second in the epoch under way. A clock may stand still."""
+        return self.cfg.batch_size * steps / max(self.seconds, 1e-9)
+
+    def seconds_before(self):
+        return self.log[-1]["seconds"] if self.log else 0.0
+
+    def time_left(self):
+        left = self.cfg.epochs * self.steps_per_epoch - self.step
+        return tqdm.format_interval((self.seconds_before() + self.seconds) / max(self.step, 1) * left)
+
+    def close(self):
+        """End the run: the lock is released. Raises CheckpointError if the last save failed."""
+        if self.folder.lock:
+            self.folder.lock.close()
+        if self.unsaved:
+            raise checkpoint.CheckpointError(f"{self.unsaved}; make room and go on with --resume auto")
+
+
+def prune(saved, finished):
+    """Delete saves inside an epoch when a finished epoch takes their place; until then the last two stay.
+
+    Later ones than `saved` are damaged: the run went on from before them.
+    """
+    inside = [old for old in checkpoint.in_folder(saved.parent) if checkpoint.place_of(old)[1] < math.inf]
+    so_far = [old for old in inside if checkpoint.place_of(old) <= checkpoint.place_of(saved)]
+    delete(inside if finished else so_far[:-2])
+
+
+def delete(paths):
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def progress_bar(items, name, world, **options):
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file a line every half minute is enough
+    return tqdm(items, name, file=sys.stderr, disable=not world.main, mininterval=interval, **options)
