@@ -58,7 +58,9 @@ def correlate(eps, random, share=1 / 3):
     """
     chosen, width, chroma = torch.rand(3, len(eps), 1, 1, 1, generator=random, device=eps.device)
     chosen, width, chroma = (chosen < share).float(), 0.8 * width, 2 * chroma
-    frequency = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(n, device=eps.device) for n in eps.shape[2:])))
+    frequency = torch.hypot(
+        *torch.meshgrid(*(torch.fft.fftfreq(n, device=eps.device) for n in eps.shape[2:]), indexing="ij")
+    )
     response = torch.exp(-2 * (math.pi * width * frequency) ** 2)
     blurred = (
         torch.fft.ifft2(torch.fft.fft2(eps) * response).real / response.square().mean(dim=(2, 3), keepdim=True).sqrt()

@@ -33,9 +33,7 @@ def script(tmp_path):
     def run(*args, launcher=(), **environment):
         name, *rest = map(str, args)
         command = [sys.executable, *launcher, str(ROOT / name), *rest]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=os.environ | environment
-        )
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | environment)
 
     return run
 
@@ -53,7 +51,8 @@ def run(pictures, tmp_path, monkeypatch):
     return run
 
 
-SMALL = ("--t-dim", 8, "--batch-size", 4, "--warmup-steps", 0, "--device", "cpu")
+TINY = ("--widths", 4, 4, 8, "--t-dim", 8)
+SMALL = (*TINY, "--batch-size", 4, "--warmup-steps", 0, "--device", "cpu")
 
 
 def states_equal(a, b):

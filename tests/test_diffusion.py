@@ -4,8 +4,6 @@ For x0 ~ N(mu, s^2): E[eps | x_t] = sigma (x_t - mu) / (s^2 + sigma^2), and the 
 mu + (x_t - mu) s / sqrt(s^2 + sigma^2) at sigma = 0.
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -85,10 +83,66 @@ def test_one_of_one_step_is_denoise(noisy):
     torch.testing.assert_close(one, diffusion.denoise(optimal_eps, x_t, t, T), rtol=1e-6, atol=1e-6)
 
 
-def test_psnr_is_that_of_8_bit_images():
-    a = torch.zeros(2, 3, 4, 4)
-    b = a.clone()
-    b[0] += 10 / 127.5  # ten grey levels
-    b[1, 0, 0, 0] = 5  # clipped to 1: 127.5 grey levels in one of 48 values
-    expected = [20 * math.log10(255 / 10), 10 * math.log10(255**2 / (127.5**2 / 48))]
-    np.testing.assert_allclose(diffusion.psnr(a, b).numpy(), expected, rtol=1e-5)
+def test_heuns_method_is_of_second_order(noisy):
+    _, _, t, x_t = noisy
+    sigma = (t / T).view(-1, 1, 1, 1)
+    exact = MU + (x_t - MU) * S / (S**2 + sigma**2).sqrt()
+
+    def error(steps, sampler):
+        return (diffusion.denoise_steps(optimal_eps, x_t, t, T, steps, sampler) - exact).abs().max().item()
+
+    assert error(10, "heun") / error(20, "heun") == pytest.approx(4, rel=0.15)
+    assert error(20, "heun") < error(40, "euler") / 4  # as many calls of the network
+
+
+def test_heuns_last_step_is_eulers():
+    def model(x, t):
+        assert (t > 0).any()
+        return t.view(-1, 1, 1, 1).expand_as(x)
+
+    x = torch.zeros(2, 1, 2, 2)
+    for steps in (1, 2):
+        out = diffusion.denoise_steps(model, x, torch.tensor([4.0, 8.0]), T, steps, "heun")
+        # Steps of t / steps, slopes averaged over the ends of all but the last.
+        expected = {1: [-1.6, -6.4], 2: [-0.2 * 3 - 0.2 * 2, -0.4 * 6 - 0.4 * 4]}[steps]
+        torch.testing.assert_close(out[:, 0, 0, 0], torch.tensor(expected))
+
+
+def test_a_sampler_is_added_by_one_line(noisy, monkeypatch):
+    _, _, t, x_t = noisy
+    monkeypatch.setitem(diffusion.SAMPLERS, "none", lambda model, x, ts, T: x)
+    assert torch.equal(diffusion.denoise_steps(optimal_eps, x_t, t, T, 3, "none"), x_t)
+
+
+def test_a_noise_schedule_is_two_functions(noisy, monkeypatch):
+    """With sigma = (t / T)^2 noise, loss, denoising and the estimate of sigma follow."""
+    monkeypatch.setattr(diffusion, "sigma_of", lambda t, T: (t / T) ** 2)
+    monkeypatch.setattr(diffusion, "t_of", lambda sigma, T: T * sigma**0.5)
+    x0, eps, t, _ = noisy
+    x_t = diffusion.add_noise(x0, eps, t, T)
+    sigma = ((t / T) ** 2).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_t, x0 + sigma * eps)
+
+    def optimal(x, t):
+        level = ((t.double() / T) ** 2).view(-1, 1, 1, 1)
+        return level * (x - MU) / (S**2 + level**2)
+
+    exact = MU + (x_t - MU) * S / (S**2 + sigma**2).sqrt()
+    assert (diffusion.denoise_steps(optimal, x_t, t, T, 100, "heun") - exact).abs().max() < 1e-3
+    same = torch.full((900,), 7)
+    x_t = diffusion.add_noise(x0, eps, same, T).reshape(1, 3, 120, 120)
+    assert diffusion.estimate_sigma(optimal, x_t, T, 12).item() == pytest.approx(0.49, rel=0.05)
+
+
+def test_correlated_noise_keeps_its_variance():
+    random = torch.Generator().manual_seed(0)
+    eps = torch.randn(60, 3, 32, 32, generator=random)
+    noise = diffusion.correlate(eps, random, share=1.0)
+    assert noise.square().mean().item() == pytest.approx(1, rel=0.02)
+    assert noise.square().mean(dim=(1, 2, 3)).sub(1).abs().max() < 0.3
+    neighbours = (noise[..., 1:] * noise[..., :-1]).mean(dim=(1, 2, 3))
+    assert neighbours.min() < 0.02 and 0.3 < neighbours.max() < 0.75  # exp(-1 / (4 * 0.8^2)) = 0.68
+    shared = noise.mean(dim=1).square().mean(dim=(1, 2))  # 1/3 for independent channels, 1 for equal ones
+    assert shared.min() < 0.2 and shared.max() > 0.8
+    some = (diffusion.correlate(eps, random) != eps).flatten(1).any(dim=1)
+    assert 10 <= some.sum() <= 30

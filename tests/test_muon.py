@@ -4,24 +4,24 @@ import pytest
 import torch
 from conftest import SMALL, states_equal
 
-import checkpoint
-import muon
+from support import checkpoint, muon
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # what PyTorch's Muon uses
 
 
-@pytest.mark.parametrize("shape", [(64, 576), (128, 27), (50, 50)])
+@pytest.mark.parametrize("shape", [(64, 576), (128, 27), (50, 50), (3, 20, 30)])
 def test_orthogonalize_keeps_directions_and_changes_sizes_as_the_polynomials_say(shape):
     m = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
-    sizes = s / (1.02 * m.norm())
+    norm = m.norm(dim=(-2, -1), keepdim=True).squeeze(-1)
+    sizes = s / (1.02 * norm)
     for a, b, c in muon.POLAR_EXPRESS:
         sizes = a * sizes + b * sizes**3 + c * sizes**5
-    expected = u @ sizes.diag() @ vh
+    expected = u @ sizes.diag_embed() @ vh
     assert (
         muon.orthogonalize(m) - expected
     ).norm() < 0.1 * expected.norm()  # in bfloat16, which the first polynomial magnifies
-    assert sizes[s > 0.02 * m.norm()].min() > 0.1 and sizes.max() < 1.9
+    assert sizes[s > 0.02 * norm].min() > 0.1 and sizes.max() < 1.9
 
 
 def test_a_step_is_that_of_pytorchs_muon_on_matrices_and_of_adamw_on_the_rest():

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import config
+import unet
 from unet import PlainUNet, UNet
 
 BLOCKS = {"enc1": (3, 64), "enc2": (64, 128), "bottleneck": (128, 256), "dec1": (256, 128), "dec2": (128, 64)}
@@ -105,3 +107,49 @@ def test_other_sizes_are_refused(size):
     for model in (UNet(), PlainUNet()):
         with pytest.raises(ValueError, match=f"multiples of 4, not {size[0]}x{size[1]}"):
             model(torch.zeros(1, 3, *size), torch.tensor([1]))
+
+
+def test_the_embedding_sees_the_same_range_whatever_T():
+    torch.manual_seed(0)
+    ten = UNet(widths=(4, 4, 8), t_dim=8)
+    thousand = UNet(widths=(4, 4, 8), t_dim=8, noise_steps=1000)
+    thousand.load_state_dict(ten.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(thousand(x, torch.tensor([100, 900])), ten(x, torch.tensor([1, 9])))
+
+
+def test_more_blocks_contain_the_network_of_one():
+    """With --blocks 3 a block that adds nothing changes nothing, and the names of today's state dicts stay."""
+    torch.manual_seed(0)
+    one, three = UNet(widths=(4, 4, 8), t_dim=8), UNet(widths=(4, 4, 8), t_dim=8, blocks=3)
+    missing, unexpected = three.load_state_dict(one.state_dict(), strict=False)
+    assert not unexpected and len(missing) == 5 * 2 * 6 and all(".more." in name for name in missing)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([2, 7])
+    assert (three(x, t) - one(x, t)).abs().max() > 1e-4
+    for name, parameter in three.named_parameters():
+        if ".more." in name and ".conv2." in name:
+            parameter.data.zero_()
+    torch.testing.assert_close(three(x, t), one(x, t))
+
+
+@pytest.mark.parametrize("model", ["unet", "plain"])
+def test_a_network_is_built_from_what_describes_it(model):
+    cfg = config.defaults(unet.SETTINGS, model=model, widths=(4, 6, 8), t_dim=8, blocks=2, noise_steps=20)
+    description = unet.describe(cfg)
+    assert description["name"] == model and description["widths"] == (4, 6, 8)
+    assert ("t_dim" in description) == (model == "unet")
+    assert unet.build(**description).final.weight.shape == (3, 4, 1, 1)
+
+
+def test_a_network_is_added_by_one_line(monkeypatch):
+    class Half(torch.nn.Module):
+        def __init__(self, t_dim=3):
+            super().__init__()
+            self.t_dim = t_dim
+
+    monkeypatch.setitem(unet.NETWORKS, "half", Half)
+    cfg = config.defaults(unet.SETTINGS, model="half", t_dim=7)
+    assert unet.describe(cfg) == {"name": "half", "t_dim": 7}
+    assert unet.build(**unet.describe(cfg)).t_dim == 7
+    with pytest.raises(ValueError, match="no network 'hlaf'"):
+        unet.build("hlaf")
