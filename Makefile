@@ -1,14 +1,18 @@
-# make train ARGS="--epochs 1": set up .venv and train.    make test: set up and run the tests.
-# make lint: what CI checks.    make clean: remove .venv. PYTHON=python3.12 chooses another interpreter.
+# make train ARGS="--epochs 1": set up .venv and train.    make test: set up and run the tests (three minutes).
+# make test-all: the slow proofs too.    make lint: what CI checks.    make clean: remove .venv.
+# PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test test-all lint clean
 train: .venv/installed
 	$(BIN)/python train.py $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: .venv/installed-dev
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -43,8 +43,9 @@ def run(pictures, tmp_path, monkeypatch):
     """run("--epochs", 2): train.main() on the pictures, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*args):
-        where = () if "--resume" in args or "--dataset" in args else ("--dataset", "folder", "--data-dir", pictures)
+    def run(*args, fresh=False):
+        resumed = "--resume" in args and not fresh
+        where = () if resumed or "--dataset" in args else ("--dataset", "folder", "--data-dir", pictures)
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, (*where, *args))])
         train.main()
 

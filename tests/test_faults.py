@@ -1,7 +1,6 @@
-"""Runs that are stopped, killed, out of disk, on damaged files or bad images: nothing is lost, nothing wrong is accepted."""
+"""Runs that are stopped, killed, out of disk or on damaged files: nothing is lost, nothing wrong is accepted."""
 
 import errno
-import io
 import os
 import pickle
 import random
@@ -14,15 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, states_equal
-from PIL import Image
 
-import checkpoint
 import data
-import train
+from config import UserError
+from support import checkpoint, loggers
+from support import run as runs
+from support.run import Run
+from support.world import Signals, World
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def start(pictures, tmp_path):
     """start("--epochs", 2): train.py on the pictures as a process, in an empty folder; torchrun with processes=2."""
     started = []
 
-    def start(*args, processes=1, file_limit=None):
+    def start(*args, processes=1, file_limit=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
         launcher = (
             ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
         )
@@ -39,8 +39,8 @@ def start(pictures, tmp_path):
         process = subprocess.Popen(
             [sys.executable, *launcher, ROOT / "train.py", *where, *map(str, args)],
             cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
             preexec_fn=limit,
             start_new_session=True,
@@ -51,17 +51,25 @@ def start(pictures, tmp_path):
     yield start
     for process in started:
         process.terminate()  # torchrun ends its workers, which have sessions of their own
-        try:
-            process.communicate(timeout=40)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        process.communicate()
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.time() + seconds
+def wait_for(process, condition):
+    """Until the condition holds; a process that ends before is a failure. No clock decides."""
     while not condition():
-        assert time.time() < deadline, "waited in vain"
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+
+
+def at_step(monkeypatch, action):
+    """Call action(step) before every update, where the noise of the step is drawn."""
+    draw = data.draw_noise
+
+    def draw_and_act(shape, cfg, device, step):
+        action(step)
+        return draw(shape, cfg, device, step)
+
+    monkeypatch.setattr(data, "draw_noise", draw_and_act)
 
 
 # ---- stopping ---------------------------------------------------------------------------------------------------
@@ -72,37 +80,29 @@ def test_a_run_stopped_at_any_step_is_the_same_run(run, monkeypatch, save_every_
     """Stopped after each of 8 steps and once during the evaluation: weights, optimizer, log as if never stopped."""
     every = ("--save-every-steps", save_every_steps) if save_every_steps else ()
     run("--epochs", 2, "--out-dir", "straight", *SMALL, *every)
-    monkeypatch.setattr(train.Stopped, "signal", 0)
-    draw, finite, interrupted = train.draw_noise, train.finite, []
+    finite, interrupted, this_start = Run.finite, [], []
 
-    def interrupt(name):
-        if name not in interrupted:
-            interrupted.append(name)
+    def interrupt(moment):
+        if moment not in interrupted and not this_start:  # a second signal would end the process at once
+            interrupted.append(moment)
+            this_start.append(moment)
             signal.raise_signal(signal.SIGINT)
 
-    def draw_and_interrupt(*args):
-        interrupt(args[4])  # the step
-        return draw(*args)
-
-    def finite_and_interrupt(loss, step, lr):  # at step 4 it stands before the evaluation of the first epoch
-        if step == 4:
+    def finite_and_interrupt(self, loss):  # called once the first epoch has been evaluated
+        if self.step == 4:
             interrupt("evaluation")
-        return finite(loss, step, lr)
+        return finite(self, loss)
 
-    monkeypatch.setattr(train, "draw_noise", draw_and_interrupt)
-    monkeypatch.setattr(train, "finite", finite_and_interrupt)
-    for _ in range(20):
-        args = (
-            ("--resume", "auto", "--device", "cpu")
-            if checkpoint.in_folder("model")
-            else ("--epochs", 2, *SMALL, *every)
-        )
+    at_step(monkeypatch, interrupt)
+    monkeypatch.setattr(Run, "finite", finite_and_interrupt)
+    while True:
+        this_start.clear()
+        there = checkpoint.in_folder("model")
         try:
-            run(*args)
+            run(*(("--resume", "auto", "--device", "cpu") if there else ("--epochs", 2, *SMALL, *every)))
             break
         except SystemExit as stop:
             assert stop.code == 130
-            train.Stopped.signal = 0
     assert len(interrupted) == 9
     names = [path.name for path in checkpoint.in_folder("model")]
     assert names == ["unet32_e0.pth", "unet32_e1.pth"]  # what was saved inside an epoch is superseded
@@ -110,27 +110,25 @@ def test_a_run_stopped_at_any_step_is_the_same_run(run, monkeypatch, save_every_
         assert states_equal(checkpoint.load(f"straight/{name}"), checkpoint.load(f"model/{name}")), name
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(start, tmp_path, signum, code):
-    process = start("--epochs", 500, *SMALL, "--save-model-epochs", 1000)
-    wait_for(lambda: (tmp_path / "model/log.csv").exists())
-    process.send_signal(signum)
-    asked = time.time()
-    out, err = process.communicate(timeout=30)
-    assert time.time() - asked < 5
-    assert process.returncode == code, err
-    assert "Traceback" not in err and "go on with --resume auto" in out
-    (path,) = checkpoint.in_folder(tmp_path / "model")
-    assert checkpoint.load(path)["step"] > 0
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_saves_and_says_how_to_go_on(run, monkeypatch, capsys, signum, code):
+    at_step(monkeypatch, lambda step: signal.raise_signal(signum) if step == 2 else None)
+    with pytest.raises(SystemExit) as stop:
+        run("--epochs", 500, *SMALL)
+    assert stop.value.code == code
+    assert (
+        "stopped after step 3\nmodel saved: model/unet32_e0_s3.pth\ngo on with --resume auto" in capsys.readouterr().out
+    )
+    assert checkpoint.load("model/unet32_e0_s3.pth")["step"] == 3
 
 
 def test_a_second_ctrl_c_leaves_at_once_with_nothing_half_written(start, tmp_path):
-    process = start("--epochs", 500, *SMALL, "--save-every-steps", 1)
-    wait_for(lambda: len(checkpoint.in_folder(tmp_path / "model")) > 1)
+    process = start("--epochs", 100_000, *SMALL, "--save-every-steps", 1)
+    wait_for(process, lambda: len(checkpoint.in_folder(tmp_path / "model")) > 1)
     process.send_signal(signal.SIGINT)
     time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=5)
+    _, err = process.communicate()
     assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
     for path in checkpoint.in_folder(tmp_path / "model"):
         checkpoint.load(path)
@@ -138,25 +136,16 @@ def test_a_second_ctrl_c_leaves_at_once_with_nothing_half_written(start, tmp_pat
 
 def test_only_the_first_ctrl_c_is_caught():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        train.note_signal(signal.SIGTERM, None)
-        assert train.Stopped.signal == signal.SIGTERM
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-        train.note_signal(signal.SIGINT, None)
+    with Signals(World(0, 1, 0, torch.device("cpu"))) as signals:
+        signals.note(signal.SIGTERM, None)
+        assert signals.came == signal.SIGTERM and signal.getsignal(signal.SIGINT) == signals.note
+        signals.note(signal.SIGINT, None)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        train.Stopped.signal = 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_damaged_saves_do_not_crowd_out_whole_ones(run, monkeypatch):
-    draw = train.draw_noise
-
-    def draw_and_interrupt(*args):
-        signal.raise_signal(signal.SIGINT)
-        return draw(*args)
-
-    monkeypatch.setattr(train, "draw_noise", draw_and_interrupt)
+    at_step(monkeypatch, lambda step: signal.raise_signal(signal.SIGINT))
     for step in range(1, 4):
         with pytest.raises(SystemExit):
             run("--epochs", 1, *SMALL) if step == 1 else run("--resume", "auto", "--device", "cpu")
@@ -169,13 +158,15 @@ def test_damaged_saves_do_not_crowd_out_whole_ones(run, monkeypatch):
 def test_kill_9_loses_at_most_the_work_since_the_last_save(start, tmp_path):
     """Killed while it saves after every step: the newest file is whole, leftovers vanish, the run goes on."""
     folder, path, step = tmp_path / "model", None, 0
-    for trial in range(3):
+    for trial in range(2):
         saves = ("--save-every-steps", 1)
-        process = start("--resume", "auto") if trial else start("--epochs", 500, *SMALL, *saves)
+        process = start("--resume", "auto") if trial else start("--epochs", 100_000, *SMALL, *saves)
         beyond = step + 2
-        wait_for(
-            lambda beyond=beyond: checkpoint.in_folder(folder) and checkpoint.load_newest(folder)[1]["step"] > beyond
-        )
+
+        def far_enough(beyond=beyond):
+            return checkpoint.in_folder(folder) and checkpoint.load_newest(folder)[1]["step"] > beyond
+
+        wait_for(process, far_enough)
         time.sleep(random.random() / 5)
         process.kill()
         output, _ = process.communicate()
@@ -184,9 +175,17 @@ def test_kill_9_loses_at_most_the_work_since_the_last_save(start, tmp_path):
         path, state = checkpoint.load_newest(folder)
         assert state["step"] > beyond
         step = state["step"]
-    (folder / ".unet32_e0.pth.1.tmp").write_bytes(b"left by a killed save")
     checkpoint.lock(folder).close()
-    assert not list(folder.glob(".*.tmp"))
+    assert not list(folder.glob(".tmp*"))
+
+
+def test_one_command_starts_and_goes_on(run, capsys):
+    """As a cluster repeats it: --resume auto begins a new run in an empty folder, and resumes it afterwards."""
+    run("--resume", "auto", "--epochs", 1, *SMALL, fresh=True)
+    assert "model holds no checkpoint yet: a new run starts" in capsys.readouterr().out
+    run("--resume", "auto", "--epochs", 2, *SMALL, fresh=True)
+    assert "resumed: model/unet32_e0.pth" in capsys.readouterr().out
+    assert [path.name for path in checkpoint.in_folder("model")] == ["unet32_e0.pth", "unet32_e1.pth"]
 
 
 # ---- a disk that fails ------------------------------------------------------------------------------------------
@@ -195,15 +194,15 @@ def test_kill_9_loses_at_most_the_work_since_the_last_save(start, tmp_path):
 def test_a_full_disk_spares_what_is_there_and_is_said_at_the_end(start, run, tmp_path):
     run("--epochs", 1, *SMALL)
     before = (tmp_path / "model/unet32_e0.pth").read_bytes()
-    process = start("--resume", "auto", "--epochs", 3, file_limit=2**20)  # a checkpoint is larger than 1 MiB
-    out, err = process.communicate(timeout=60)
+    process = start("--resume", "auto", "--epochs", 3, file_limit=2**14)  # a checkpoint is larger than 16 KiB
+    out, err = process.communicate()
     assert process.returncode == 1
     assert err.count("could not be saved") == 3  # after two epochs, and in the last line
     assert re.fullmatch(r"error: model/unet32_e2.pth could not be saved .*--resume auto", err.splitlines()[-1])
     assert "epoch 3/3" in out and "Traceback" not in err
     assert [path.name for path in checkpoint.in_folder(tmp_path / "model")] == ["unet32_e0.pth"]
     assert (tmp_path / "model/unet32_e0.pth").read_bytes() == before
-    assert not list((tmp_path / "model").glob(".*.tmp"))
+    assert not list((tmp_path / "model").glob(".tmp*"))
 
 
 def test_a_save_that_failed_is_tried_again(run, monkeypatch, capsys):
@@ -220,38 +219,25 @@ def test_a_save_that_failed_is_tried_again(run, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
-def test_messages_that_cannot_be_written_do_not_end_the_run(run, monkeypatch):
-    class Full(io.StringIO):
-        def write(self, text):
-            attempts.append(text)
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    attempts, draw = [], train.draw_noise
-
-    def draw_and_fill(*args):
-        monkeypatch.setattr(sys, "stdout", Full())
-        return draw(*args)
-
-    monkeypatch.setattr(sys, "stderr", Full())
-    monkeypatch.setattr(train, "draw_noise", draw_and_fill)
-    run("--epochs", 2, *SMALL)
-    assert any("Epoch 1/2" in text for text in attempts) and any("model saved" in text for text in attempts)
-    assert checkpoint.load("model/unet32_e1.pth")["step"] == 8
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_messages_that_cannot_be_written_do_not_end_the_run(start, tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start("--epochs", 1, *SMALL, stdout=full, stderr=full)
+        assert process.wait() == 0
+    assert checkpoint.load(tmp_path / "model/unet32_e0.pth")["step"] == 4
 
 
 def test_a_folder_removed_under_the_run_is_made_again(run, monkeypatch):
-    draw, removed = train.draw_noise, []
-
-    def draw_and_remove(*args):
-        if args[4] == 5:  # the step
-            shutil.rmtree("model")
-            removed.append("model")
-        return draw(*args)
-
-    monkeypatch.setattr(train, "draw_noise", draw_and_remove)
+    at_step(monkeypatch, lambda step: shutil.rmtree("model") if step == 5 else None)
     run("--epochs", 2, *SMALL)
-    assert removed
-    assert checkpoint.load("model/unet32_e1.pth")["step"] == 8
+    assert [path.name for path in checkpoint.in_folder("model")] == ["unet32_e1.pth"]
+
+
+def test_a_clock_that_stands_still_ends_nothing(run, monkeypatch):
+    monkeypatch.setattr(runs.time, "monotonic", lambda: 7.0)
+    monkeypatch.setattr(runs, "SHOW_EVERY", 0)
+    run("--epochs", 2, *SMALL)
+    assert checkpoint.load("model/unet32_e1.pth")["log"][1]["seconds"] == 0
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(script, pictures, tmp_path):
@@ -264,7 +250,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(script, picture
 def test_two_runs_in_one_folder(run, start, tmp_path):
     held = checkpoint.lock("model")
     process = start("--epochs", 1, *SMALL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 1
     assert f"model is in use by process {os.getpid()} on" in err.splitlines()[-1]
     held.close()
@@ -288,93 +274,66 @@ def test_a_checkpoint_is_data_not_code(run):
     assert not Path("executed").exists()
 
 
-def test_damaged_checkpoints_are_refused_and_passed_over(run, capsys):
+def test_a_damaged_checkpoint_is_passed_over(run, capsys):
     run("--epochs", 2, *SMALL)
     path = Path("model/unet32_e1.pth")
-    whole = path.read_bytes()
-    rng = random.Random(0)
-    damaged = [b"", whole[:100], whole[:-1000], whole[: len(whole) // 2], b"\0" * 5000]
-    for _ in range(12):
-        content = bytearray(whole)
-        content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-        damaged.append(bytes(content))
-    for content in damaged:
-        path.write_bytes(content)
-        try:
-            state = checkpoint.load(path)
-        except checkpoint.CheckpointError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-        else:  # a bit that means nothing, in the padding of the archive
-            path.write_bytes(whole)
-            assert states_equal(state, checkpoint.load(path))
-    path.write_bytes(whole)
-    for damage, message in (
-        (lambda s: s["model"]["final.bias"].add_(1e-3), "checksum is wrong"),
-        (lambda s: s["config"].update(lr=0.5), "checksum is wrong"),
-        (lambda s: s.pop("checksum"), "has no checksum: an older version"),
-    ):
-        altered = torch.load("model/unet32_e0.pth", weights_only=True)
-        damage(altered)
-        torch.save(altered, "altered.pth")
-        with pytest.raises(checkpoint.CheckpointError, match=message):
-            checkpoint.load("altered.pth")
-    path.write_bytes(whole[:-1000])
+    path.write_bytes(path.read_bytes()[:-1000])
     run("--resume", "auto", "--device", "cpu")
     assert "WARNING: model/unet32_e1.pth is damaged" in capsys.readouterr().err
     assert checkpoint.load(path)["step"] == 8
 
 
-def test_bad_images_are_named_or_skipped(tmp_path, capsys):
-    folder = tmp_path / "train"
-    folder.mkdir()
-    (tmp_path / "test").mkdir()
-    good = Image.effect_noise((32, 32), 50).convert("RGB")
-    good.save(tmp_path / "test" / "good.png")
-    good.save(folder / "good.png")
-    exif = Image.Exif()
-    exif[274] = 6
-    broken = exif.tobytes()[:-6]
-    good.save(folder / "grün 画.png")
-    good.save(folder / "broken-exif.jpg", exif=broken)
-    good.convert("CMYK").save(folder / "cmyk.jpg")
-    good.save(folder / "animated.gif", save_all=True, append_images=[good.rotate(90)])
-    assert len(data.load("train", "folder", str(tmp_path))[0]) == 5
-    bad = {"one.png": (1, 1), "zero.png": b"", "text.png": b"hello", "bomb.png": (20_000, 20_000)}
-    for name, content in bad.items():
-        if isinstance(content, tuple):
-            Image.new("1", content).save(folder / name)
-        else:
-            (folder / name).write_bytes(content)
-        with pytest.raises(data.DataError, match=name) as caught:
-            data.load("train", "folder", str(tmp_path))
-        assert "\n" not in str(caught.value)
-        assert len(data.load("train", "folder", str(tmp_path), skip_bad_images=True)[0]) == 5
-        assert "left out 1 of 6 train images" in capsys.readouterr().err
-        (folder / name).unlink()
-    big = Image.new("RGB", (64, 64))
-    big.save(folder / "big.png")
-    with pytest.raises(data.DataError, match="64x64 pixels are more than --max-pixels 4000"):
-        data.load("train", "folder", str(tmp_path), max_pixels=4000)
-    (folder / "big.png").unlink()
-    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")  # as a file that vanishes while the folder is read
-    with pytest.raises(data.DataError, match=r"gone.png cannot be read"):
-        data.load("train", "folder", str(tmp_path))
-    np.testing.assert_equal(data.load("train", "folder", str(tmp_path), skip_bad_images=True)[0].shape, (5, 3, 32, 32))
+@pytest.mark.parametrize("log", [b"\xff\x00junk", b"a" * 200_000, b"epoch,step\n1" + b"0" * 400 + b",4\n"])
+def test_a_log_of_any_content_is_written_anew(run, log):
+    run("--epochs", 1, *SMALL)
+    Path("model/log.csv").write_bytes(log)
+    run("--resume", "auto", "--epochs", 2, "--device", "cpu")
+    assert len(Path("model/log.csv").read_text().splitlines()) == 3
 
 
 # ---- several processes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(start, run, tmp_path, capsys):
-    process = start("--epochs", 500, *SMALL, processes=2)
-    wait_for(lambda: len(checkpoint.in_folder(tmp_path / "model")) > 1, seconds=120)
+    process = start("--epochs", 100_000, *SMALL, processes=2)
+    wait_for(process, lambda: len(checkpoint.in_folder(tmp_path / "model")) > 1)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    asked = time.time()
-    _, err = process.communicate(timeout=60)
-    assert time.time() - asked < 30 and process.returncode != 0
+    _, err = process.communicate()
+    assert process.returncode != 0
     assert "if another process of the run ended, see its message" in err
     capsys.readouterr()
     _, state = checkpoint.load_newest("model")
     run("--resume", "auto", "--epochs", len(state["log"]) + 1, "--device", "cpu")
     assert "1 processes go on where 2 stood" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK='', which is no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is no number"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "contradict each other"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "contradict each other"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "no"}, "the processes cannot meet"),
+        ({"WORLD_SIZE": "2"}, "the processes cannot meet"),
+    ],
+)
+def test_an_environment_that_is_no_torchruns_is_refused(run, monkeypatch, environment, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        run("--epochs", 1, *SMALL)
+
+
+def test_a_logger_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
+    class Broken(loggers.CSV):
+        def log(self, rows):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(loggers.LOGGERS, "csv", Broken)
+    run("--epochs", 1, *SMALL)
+    assert "the log could not be written" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Training: the schedule and the textbook recipe against PyTorch's own, exact resume, what is refused, several ranks."""
+"""Training: schedule and textbook recipe against PyTorch's own, exact resume, what is refused, several ranks."""
 
 import csv
 import dataclasses
@@ -18,7 +18,7 @@ import data
 import diffusion
 import train
 import unet
-from support import channels, checkpoint, held_out, loggers
+from support import checkpoint, held_out, loggers
 from support import run as runs
 from support.world import Signals, World
 
@@ -236,7 +236,7 @@ def test_weights_alone_cannot_be_resumed(run):
 
 def test_overwrite_deletes_nothing_before_there_is_something_new(run, monkeypatch):
     run("--epochs", 1, *SMALL)
-    with pytest.raises(config.UserError, match="finite|the loss is"):
+    with pytest.raises(config.UserError, match=r"finite|the loss is"):
         run("--epochs", 1, "--overwrite", "--lr", 1e3, *SMALL, "--precision", "float32")
     assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 0.002
 

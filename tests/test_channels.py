@@ -1,0 +1,75 @@
+"""Channels in use, and recycling those that are not."""
+
+import pytest
+import torch
+from conftest import SMALL, states_equal
+
+from support import channels, checkpoint
+from unet import PlainUNet, UNet
+
+
+@pytest.fixture
+def batch():
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 16, 16, generator=random), torch.tensor([1, 3, 5, 9])
+
+
+def network():
+    torch.manual_seed(0)
+    return UNet(widths=(8, 8, 16), t_dim=8)
+
+
+def test_channels_that_never_open_are_counted_block_by_block(batch):
+    model = network()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.enc2.conv2.bias.data[:] = torch.tensor([1.0, 1, 1, 1, 1, 1, -1, 0])
+    model.dec1.conv1.bias.data[:] = 1.0  # the first ReLU of a block does not count
+    shares = channels.in_use(model, *batch)
+    assert shares == {"enc1": 0, "enc2": 0.75, "bottleneck": 0, "dec1": 0, "dec2": 0}
+    assert channels.worst(shares) == (0, "enc1")
+
+
+def test_a_channel_must_be_active_in_more_than_a_hundredth_of_the_places(batch):
+    model = torch.nn.Sequential(torch.nn.ReLU())
+    model.forward = lambda x, t: torch.nn.Sequential.forward(model, x)
+    x = -torch.ones(1, 2, 10, 20)
+    x[0, 0, 0, :2] = x[0, 1, 0, :3] = 1  # 1% and 1.5%
+    assert channels.in_use(model, x, None) == {"0": 0.5}
+
+
+def test_the_control_has_blocks_too(batch):
+    model = PlainUNet(widths=(4, 4, 8))
+    assert list(channels.in_use(model, *batch)) == ["enc1", "enc2", "bottleneck", "dec1", "dec2"]
+    assert model.training
+
+
+def test_recycling_opens_channels_and_hardly_changes_the_output(batch):
+    model = network()
+    model.bottleneck.conv2.bias.data[:12] = -100.0
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*batch).square().mean().backward()
+    optimizer.step()
+    before = model(*batch)
+    spared = model.bottleneck.conv2.weight[12:].clone()
+    assert channels.in_use(model, *batch)["bottleneck"] == pytest.approx(4 / 16)
+    assert channels.recycle(model, optimizer, *batch, torch.Generator().manual_seed(1)) >= 12
+    assert channels.in_use(model, *batch)["bottleneck"] == 1
+    assert torch.equal(model.bottleneck.conv2.weight[12:], spared)
+    moments = optimizer.state[model.bottleneck.conv2.weight]["exp_avg"]
+    assert (moments[:12] == 0).all() and (moments[12:] != 0).any()
+    change = (model(*batch) - before).std() / before.std()
+    assert 0 < change < 0.1
+    assert channels.recycle(model, optimizer, *batch, torch.Generator().manual_seed(1)) == 0
+
+
+def test_a_resumed_run_that_recycles_is_the_same_run(run, monkeypatch):
+    monkeypatch.setattr(channels, "THRESHOLD", 0.5)  # so that there is something to recycle
+    run("--recycle", 1, "--epochs", 3, "--optimizer", "muon", *SMALL)
+    straight = checkpoint.load("model/unet32_e2.pth")
+    run("--resume", "model/unet32_e0.pth", "--out-dir", "again", "--device", "cpu")
+    assert states_equal(straight, checkpoint.load("again/unet32_e2.pth"))
+    run("--epochs", 3, "--optimizer", "muon", "--out-dir", "without", *SMALL)
+    assert not torch.equal(
+        straight["model"]["final.weight"], checkpoint.load("without/unet32_e2.pth")["model"]["final.weight"]
+    )
