@@ -1,0 +1,201 @@
+"""Measuring: what denoisers make of noisy images, as flat records with a number for each image.
+
+A denoiser is estimate(x_t, sigma) -> x0_hat, images (B, 3, H, W) in [-1, 1] and sigma on that scale. The noise of an
+image follows from its place alone: it is the same for every denoiser, level and run.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import torch
+from tqdm import tqdm
+
+import data
+import diffusion
+from diffusion import GREY_LEVELS
+from support import device, figures, metrics, tiles
+from support.metrics import METRICS
+
+PIXELS = data.TEST_BATCH * data.SIZE**2  # that the network is given at once
+TILE = 608  # pixels, height and width of the largest part of a picture that it is given
+LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
+MOST_LEVELS = 17  # integer noise levels, beside those of the literature
+STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far as they are fewer than the last
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What one method makes of images at one noise level."""
+
+    method: str  # "noisy", "clean", "network", "control", "blur", "BM3D", ...
+    sigma: float  # the noise level, 0-255 scale
+    t: float  # the network's time step of that level
+    steps: int  # of the sampler; 0: there is none
+    sampler: str  # one of diffusion.SAMPLERS, or ""
+    values: dict  # {quantity: (n,) tensor, a number for each image}
+
+    @property
+    def count(self):
+        """How many images."""
+        return len(next(iter(self.values.values())))
+
+    def first(self, count):
+        """The record of the first `count` images alone."""
+        return dataclasses.replace(self, values={name: values[:count] for name, values in self.values.items()})
+
+
+# ---- levels and steps ------------------------------------------------------------------------------------------
+
+
+def levels_of(T):
+    """The time steps to measure at: 1 ... T-1, or the middles of MOST_LEVELS equal parts; and those of LITERATURE."""
+    count = min(T - 1, MOST_LEVELS)
+    integers = {round(0.5 + (k + 0.5) * (T - 1) / count) for k in range(count)}
+    return sorted(integers | {diffusion.t_of(sigma / GREY_LEVELS, T) for sigma in LITERATURE})
+
+
+def shown_levels(T):
+    """Of these, the ones at which many numbers of steps are tried: the nearest to those that figures show."""
+    return sorted({min(levels_of(T), key=lambda t: abs(t - shown)) for shown in figures.shown_levels(T)})
+
+
+def step_counts(t, T, last):
+    """The numbers of steps to try from level t, beside 1: the last, and at shown_levels others too."""
+    last = last or min(math.ceil(t), figures.MOST_STEPS)
+    return sorted(({k for k in STEPS if k < last and t in shown_levels(T)} | {last}) - {1})
+
+
+# ---- denoisers --------------------------------------------------------------------------------------------------
+
+
+def noisy(x_t, sigma):
+    return x_t
+
+
+def network(model, T, steps=1, sampler="euler"):
+    """The estimate of a model(x, t), see diffusion.denoise_steps; it is given large images a few at a time."""
+
+    def estimate(x_t, sigma):
+        t = torch.full((len(x_t),), diffusion.t_of(sigma, T), device=x_t.device)
+        few = max(1, PIXELS // x_t[0, 0].numel())
+        parts = zip(x_t.split(few), t.split(few))
+        return torch.cat([diffusion.denoise_steps(model, *part, T, steps, sampler) for part in parts])
+
+    return estimate
+
+
+def in_precision(model, precision):
+    """model(x, t) under autocast."""
+
+    def eps_hat(x, t):
+        with device.autocast(x.device, precision):
+            return model(x, t)
+
+    return eps_hat
+
+
+def of_any_size(model, precision):
+    """model(x, t) under autocast, for images of any height and width, in tiles. model: an nn.Module."""
+    margin = tiles.margin_of(tiles.receptive_field(model))
+    in_tiles = tiles.tiled(in_precision(model, precision), TILE, margin)
+
+    def eps_hat(x, t):
+        height, width = x.shape[-2:]
+        return in_tiles(tiles.pad(x, data.SIZE), t)[..., :height, :width]
+
+    return eps_hat
+
+
+def told(estimate, sigma):
+    """The same denoiser, told `sigma` (0-255 scale) whatever the noise is."""
+    return lambda x_t, _: estimate(x_t, sigma / GREY_LEVELS)
+
+
+# ---- images of one size -----------------------------------------------------------------------------------------
+
+
+def batches(images):
+    """x0 and eps of uint8 images, data.TEST_BATCH at a time; eps is that of train.py's held-out loss."""
+    for start in range(0, len(images), data.TEST_BATCH):
+        x0 = data.scale(images[start : start + data.TEST_BATCH])
+        yield x0, data.held_out_noise(x0, start)
+
+
+def quality(x0_hat, x0, x_t, sigma):
+    """What the tables tell of estimates x0_hat of x0 from x_t = x0 + sigma * eps: a dict of (B,).
+
+    loss is the mean squared error of eps_hat = (x_t - x0_hat) / sigma.
+    """
+    return dict(
+        loss=(x0_hat - x0).square().mean(dim=(1, 2, 3)) / sigma**2,
+        whiteness=metrics.autocorrelation(x_t - x0_hat),
+        **{key: metric.measure(x0_hat, x0) for key, metric in METRICS.items()},
+        **dict(zip(metrics.BANDS, metrics.band_power(x0_hat).unbind(1))),
+    )
+
+
+def measure(images, sigma, estimate):
+    """The `quality` of estimate(x_t, sigma) for uint8 images; estimate None: of the clean images themselves."""
+    parts = []
+    for x0, eps in batches(images):
+        x_t = x0 + sigma * eps
+        parts.append(quality(estimate(x_t, sigma).float() if estimate else x0, x0, x_t, sigma))
+    return joined(parts)
+
+
+def joined(parts):
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+def run(jobs, T, images):
+    """The records of `jobs` on uint8 images.
+
+    A job is (method, t, steps, sampler, number of images or None, denoisers), of which the best by PSNR counts.
+    """
+    records = []
+    total = sum(len(images[:count]) * len(denoisers) for *_, count, denoisers in jobs)
+    with tqdm(total=total, unit="image", delay=2, leave=False, mininterval=1) as bar:
+        for method, t, steps, sampler, count, denoisers in jobs:
+            bar.set_description(f"{method}, {steps} steps" if steps > 1 else method)
+            sigma, found = diffusion.sigma_of(t, T), []
+            for denoiser in denoisers:
+                found.append(measure(images[:count], sigma, denoiser))
+                bar.update(len(images[:count]))
+            best = max(found, key=lambda values: values["psnr"].mean())
+            records.append(Record(method, GREY_LEVELS * sigma, t, steps, sampler, best))
+    return records
+
+
+def blind(images, sigmas, estimators):
+    """Records of {"error": estimated - true sigma}, 0-255 scale. estimators: {name: estimate(x_t) -> sigma (B,)}."""
+    records = []
+    for sigma, name in tqdm([*itertools.product(sigmas, estimators)], "sigma estimated", delay=2, leave=False):
+        x_ts = (x0 + sigma / GREY_LEVELS * eps for x0, eps in batches(images))
+        found = torch.cat([GREY_LEVELS * estimators[name](x_t).cpu().double() for x_t in x_ts])
+        records.append(Record(name, sigma, 0, 0, "", {"error": found - sigma}))
+    return records
+
+
+# ---- whole pictures ---------------------------------------------------------------------------------------------
+
+
+def pictures(pictures, sigmas, T, denoisers, place):
+    """Records of METRICS for whole pictures of any sizes, of which one at a time is in memory.
+
+    pictures: [(name, read)], read() -> uint8 (3, H, W). sigmas: 0-255 scale. denoisers: {method: (number of pictures
+    to give it, estimate)}. place: the device. As in the literature the noise is not rounded, nor x_t clipped.
+    """
+    parts = {key: [] for key in itertools.product(denoisers, sigmas)}
+    for i, (_, read) in enumerate(tqdm(pictures, "whole pictures", delay=2, leave=False)):
+        x0 = data.scale(read()[None].to(place))
+        eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)).to(place)
+        for method, sigma in parts:
+            count, estimate = denoisers[method]
+            if i < count:
+                x0_hat = estimate(x0 + sigma / GREY_LEVELS * eps, sigma / GREY_LEVELS).float()
+                parts[method, sigma].append({key: metric.measure(x0_hat, x0) for key, metric in METRICS.items()})
+    return [
+        Record(method, sigma, diffusion.t_of(sigma / GREY_LEVELS, T), 0, "", joined(found))
+        for (method, sigma), found in parts.items()
+    ]
