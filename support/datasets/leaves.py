@@ -2,17 +2,77 @@
 
     images = dead_leaves(250, torch.Generator().manual_seed(0))      # uint8 (250, 3, 32, 32)
 
-Opaque random shapes fall on one another, their sizes after a power law (Lee, Mumford & Huang 2001, "Occlusion models for
-natural images"). Denoisers trained on such images come close to ones trained on photographs if the leaves have textures
-and the camera blurs a little (Achddou et al. 2021; arXiv 2504.10201). The constants below were chosen by two measures
-against CIFAR-10: the statistics of the images, and the loss on CIFAR-10 of a network trained on leaves (see README.md).
+Opaque random shapes fall on one another, their sizes after a power law (Lee, Mumford & Huang 2001, "Occlusion models
+for natural images"). Denoisers trained on such images come close to ones trained on photographs if the leaves have
+textures and the camera blurs a little (Achddou et al. 2021; arXiv 2504.10201). The constants were chosen by
+two measures against CIFAR-10: the statistics of the images, and the loss there of a network trained on leaves.
 """
 
+import argparse
+import dataclasses
 import math
+import re
+import zlib
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-SIZE = 32  # pixels
+from config import Setting
+from support import streams
+from support.cache import cached
+from support.pictures import SIZE, DataError
+
+CHUNKS = {"train": range(200), "test": range(200, 240)}  # of CHUNK images, each with its own random numbers
+CHUNK = 250
+SEED = 0  # runs with other seeds train on the same images
+
+
+def recipe_name(text):
+    if not re.fullmatch("[0-9a-f]{8}", text):
+        raise argparse.ArgumentTypeError(f"must be 8 hexadecimal digits, as in a leaves-* file's name, not {text!r}")
+    return text
+
+
+SETTINGS = {
+    "leaves_recipe": Setting(None, recipe_name, "version of the dead leaves, as in their file's name; None: this one")
+}
+
+
+def load(split, cfg):
+    """50,000 training or 10,000 test images, made once (under a minute on two cores) and stored in data_dir.
+
+    A changed recipe makes other images, under another name; those of an earlier one are used if they are still there.
+    """
+    recipe = resolve(cfg).leaves_recipe
+    path = Path(cfg.data_dir) / f"leaves-{split}-{SEED}-{recipe}.bin"
+
+    def make():
+        if recipe != current_recipe():
+            raise DataError(
+                f"{path} is needed, the built-in images of another version of this program, and is not there or "
+                "damaged; copy it there, or start a new run"
+            )
+        progress = tqdm(CHUNKS[split], f"making {split} images", leave=False, mininterval=1)
+        chunks = [dead_leaves(CHUNK, streams.generator("cpu", SEED, streams.LEAVES, i)) for i in progress]
+        return torch.cat(chunks), {}
+
+    images, _ = cached(path, SIZE, make, CHUNK * len(CHUNKS[split]))
+    return images, "built-in dead leaves"
+
+
+def resolve(cfg):
+    """cfg with the recipe by name, so that a run remembers on which images it was trained."""
+    return dataclasses.replace(cfg, leaves_recipe=cfg.leaves_recipe or current_recipe())
+
+
+def current_recipe():
+    """8 hexadecimal digits that change with this file."""
+    return f"{zlib.crc32(Path(__file__).read_text('utf-8').encode()):08x}"
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------
+
 LEAVES = 24  # an image; the first is the background
 RADIUS = (1.2, 40.0)  # pixels, smallest and largest
 POWER = 2.2  # density of the radius r ~ r^-POWER

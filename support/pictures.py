@@ -1,0 +1,223 @@
+"""Picture files, read with Pillow: whatever a file holds comes out in one of a few modes, or is refused in a line.
+
+pixels = read("photo.tif")          # uint8 (H, W, 3)
+names = image_files("photos")       # of all pictures below the folder
+"""
+
+import contextlib
+import io
+import os
+import stat
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+from tqdm import tqdm
+
+from config import UserError
+
+Image.MAX_IMAGE_PIXELS = None  # read has a limit of its own
+SIZE = 32  # pixels, height and width of every image of the built-in data sets
+IMAGE_FILES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+# Endings of pictures that must be converted first, and what converts them: of phones, and raw ones of cameras.
+CONVERTERS = dict.fromkeys([".avif", ".heic", ".heif", ".hif"], "heif-convert (of libheif) or ImageMagick")
+CONVERTERS |= dict.fromkeys([".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw"], "darktable-cli or RawTherapee")
+CONVERTERS |= dict.fromkeys([".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"], "darktable-cli or RawTherapee")
+SIGNED, WHITE_IS_ZERO = 2, 0  # values of SAMPLE_FORMAT and PHOTOMETRIC below
+BITS, PHOTOMETRIC, HIGHEST, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of a TIFF file
+said = set()  # texts that were printed, so that a folder of a thousand such files prints one line
+
+
+class DataError(UserError):
+    """The images cannot be loaded: the text says why, names the file, and says what to do."""
+
+
+# ---- finding pictures --------------------------------------------------------------------------------------------
+
+
+def image_files(root):
+    """The files below root with the ending of a picture, as sorted relative paths with / on every system.
+
+    Links are followed, loops are not. Pictures that must be converted first are left out with a warning. Raises
+    DataError if a folder cannot be read, or if there are only such pictures.
+    """
+    seen, found, foreign = set(), [], []
+
+    def refuse(error):
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}; change its rights or remove it")
+
+    for path, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.realpath(path) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(path))
+        for name in names:
+            relative, ending = Path(os.path.relpath(os.path.join(path, name), root)), Path(name).suffix.lower()
+            found += [relative.as_posix()] * (ending in IMAGE_FILES)
+            foreign += [relative] * (ending in CONVERTERS)
+    if foreign and not found:
+        raise DataError(f"{root} has no pictures that can be read: {must_convert(root / min(foreign))}")
+    if foreign:
+        say_once(root, f"{len(foreign)} pictures are left out; {must_convert(min(foreign))}", "WARNING")
+    return sorted(found)
+
+
+def must_convert(path):
+    return (
+        f"{path} is a {path.suffix[1:].upper()} file, which is not read; "
+        f"convert it to PNG or TIFF first, for example with {CONVERTERS[path.suffix.lower()]}"
+    )
+
+
+def say_once(path, text, kind="note"):
+    """Print what is to be known of a file, for the first file of which it is true."""
+    if text not in said:
+        said.add(text)
+        tqdm.write(f"{kind}: {path}: {text}", sys.stderr)
+
+
+# ---- reading one -------------------------------------------------------------------------------------------------
+
+
+def read(path, max_pixels=100_000_000, convert=None):
+    """convert(the picture in a file as an upright Pillow image); by default a uint8 array (H, W, 3), see rgb.
+
+    The image's mode is one that Pillow converts to RGB right, or I;16 with the full range 0 ... 65535 for grey of more
+    than 8 bits. What is lost or assumed is printed, once for each kind. Raises DataError if the file cannot be read or
+    has more than max_pixels, which are looked up before any is decoded.
+    """
+    path = Path(path)
+    if path.suffix.lower() in CONVERTERS:
+        raise DataError(must_convert(path))
+    try:
+        with open_picture(path) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than --max-pixels {max_pixels}")
+            drop_text(image, path)
+            if loses_bits(image):
+                say_once(path, "colours of more than 8 bits are read as 8 bits")
+            image.load()
+            drop_text(image, path)  # what stood after the pixels
+            with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the picture
+                ImageOps.exif_transpose(image, in_place=True)
+            return (convert or rgb)(standard(image, path))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for damaged files
+        raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
+
+
+def size_of(path):
+    """(width, height) from the head of a file, (0, 0) if it cannot be read."""
+    try:
+        with open_picture(path) as image:
+            return image.size
+    except Exception:
+        return 0, 0
+
+
+def open_picture(path):
+    """The Pillow image of a regular file (a pipe would block) of one of IMAGE_FILES' kinds (Pillow runs programs for
+    others, such as Ghostscript for PostScript, whatever the ending)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    endings = Image.registered_extensions()
+    return Image.open(path, formats=sorted({endings[ending] for ending in IMAGE_FILES if ending in endings}))
+
+
+def drop_text(image, path):
+    """Remove what a PNG text chunk or a broken profile put where Pillow expects binary data."""
+    for name in ("exif", "transparency"):
+        if isinstance(image.info.get(name), str):
+            del image.info[name]
+    if "icc_profile" in image.info and not is_profile(image.info["icc_profile"]):
+        del image.info["icc_profile"]
+        say_once(path, "its colour profile is damaged and is ignored")
+
+
+def is_profile(profile):
+    try:
+        ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    except ImportError:  # a Pillow without LittleCMS
+        return isinstance(profile, bytes)
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return False
+    return True
+
+
+def loses_bits(image):
+    """Whether colours of more than 8 bits are about to be decoded to 8, as Pillow has no mode for them."""
+    if image.mode.startswith("I"):
+        return False
+    return any(";16" in str(args) or (codec.startswith("ppm") and args[1] > 255) for codec, _, _, args in image.tile)
+
+
+def standard(image, path):
+    """The decoded image with its values as `read` promises them, its info unchanged."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        result = Image.fromarray(full_range(np.asarray(image), tags, path))
+    elif SIGNED in tags.get(SAMPLE_FORMAT, ()):
+        raise ValueError("signed pixels of 8 bits have no known range; save it with unsigned ones")
+    elif image.mode in ("CMYK", "LAB"):
+        result = by_profile(image, path)
+    elif image.mode in ("La", "RGBa"):  # premultiplied alpha
+        result = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    else:
+        return image
+    result.info = image.info
+    return result
+
+
+def full_range(values, tags, path):
+    """Grey integers (H, W) of any kind as uint16 with white at 65535. Raises ValueError for negative ones."""
+    signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
+    if values.dtype == np.int32 and not signed:
+        values = values.view(np.uint32)
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < 0:
+        raise ValueError("negative pixels have no known range; save it with unsigned ones")
+    declared = max(tags.get(HIGHEST, ()), default=0)
+    if highest <= declared < 2**16 - 1:
+        white = declared
+    elif signed and highest < 2**15 and tags.get(BITS) == (16,):
+        white = 2**15 - 1
+    elif highest >= 2**16:
+        white = highest
+        say_once(path, "grey values above 65535: the largest of the file is taken for white")
+    else:  # many cameras and microscopes write fewer bits into 16
+        bits = next(bits for bits in (8, 12, 16) if highest < 2**bits) if highest else 16
+        white = 2**bits - 1
+        if bits < 16:
+            say_once(path, f"no grey value above {white}: taken for {bits} bits, of which {white} is white")
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = white - values
+    return values.astype(np.uint16) if white == 65535 else (values * (65535 / white)).round().astype(np.uint16)
+
+
+def by_profile(image, path):
+    """A CMYK or LAB image as sRGB: by its colour profile; CMYK without one by the naive formula, which is printed."""
+    profile = image.info.pop("icc_profile", None)
+    try:
+        if image.mode == "CMYK" and profile is None:
+            raise ValueError("no profile")
+        source = ImageCms.createProfile("LAB") if image.mode == "LAB" else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImportError, ValueError, ImageCms.PyCMSError):
+        if image.mode == "LAB":
+            raise
+        say_once(path, "CMYK without a usable colour profile: its colours are approximate")
+        return image.convert("RGB")
+
+
+def rgb(image):
+    """An image from `read` as a uint8 array (H, W, 3): 16 bits scaled to 8, transparent parts on white."""
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
