@@ -4,16 +4,12 @@
     state = load(path)                          # model, network, optimizer, epoch, step, config, ...
     model, trained = load_model(path, device)
 
-`load` believes nothing: a file from anywhere either gives a sound dict or a CheckpointError of one line, and takes no
-more memory than its size suggests.
+A file from anywhere gives either a sound dict or a CheckpointError, and takes no more memory than its size suggests.
 """
 
 import contextlib
-import functools
 import hashlib
-import inspect
 import io
-import keyword
 import math
 import os
 import pickletools
@@ -30,8 +26,9 @@ import config
 import data
 import unet
 from config import UserError
-from support import files
+from support import entries, files
 from support.device import memory_format
+from support.entries import network_of
 
 try:
     import fcntl
@@ -41,7 +38,6 @@ except ImportError:  # Windows: no lock
 
 SHIPPED = Path(__file__).parent.parent / "model" / "unet32.pth"  # the trained weights that come with the code
 PHOTO = SHIPPED.with_name("photo.pth")  # those trained on photographs
-REQUIRED = {"model", "t_dim", "noise_steps", "dataset", "data_dir"}  # the settings that every version has saved
 # All that torch.save refers to in a dict of plain values and tensors of these three types.
 GLOBALS = {
     *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
@@ -182,10 +178,8 @@ def clean(folder):
     files.clean(folder)
     files.clean(folder / "res")
     leftovers = [*folder.glob(".log.csv.*.tmp"), *folder.glob("res/.*.png.*.tmp")]
-    if in_folder(
-        folder
-    ):  # else an earlier version, killed as it replaced checkpoints, left its only one under this name
-        leftovers += folder.glob(".unet32_e*.tmp")
+    # An earlier version, killed while it replaced checkpoints, may have left the only one of the folder like this.
+    leftovers += folder.glob(".unet32_e*.tmp") if in_folder(folder) else ()
     for path in leftovers:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -195,28 +189,28 @@ def clean(folder):
 
 
 def load(path, device="cpu", needs=(), settings=unet.SETTINGS | data.SETTINGS):
-    """The dict that `save` wrote, its tensors on `device`.
+    """The dict that `save` wrote, its tensors contiguous and on `device`.
 
     needs: the entries that must be there. settings: what the saved config is held to. Raises DamagedError if the file
     is not what was saved, CheckpointError if it is absent, foreign, lacks `needs`, has a wrong value in an entry, or if
-    the memory does not suffice.
+    there is not enough memory.
     """
-    with memory_for(path):
+    with errors_naming(path):
         state = read(path)
         saved = state.get("config") if isinstance(state, dict) else None
-        if not isinstance(saved, dict) or not saved.keys() >= REQUIRED:
+        if not isinstance(saved, dict) or not saved.keys() >= entries.REQUIRED:
             raise CheckpointError(f"{path} is not a checkpoint of this project; use another one")
         if "checksum" not in state:
             raise CheckpointError(
-                f"{path} has no checksum: an older version or another program saved it; use another one"
+                f"{path} has no checksum: another program or an old version saved it; use another one"
             )
         if state.pop("checksum") != checksum(state):
             raise DamagedError(f"{path} is damaged: its checksum is wrong; use another one")
         missing = {"model", *needs} - state.keys()
         if missing:
             raise CheckpointError(f"{path} lacks what is needed here ({', '.join(sorted(missing))}); use another one")
-        check_entries(state, unet.SETTINGS | settings, path)
-        return moved(state, device)
+        entries.check(state, unet.SETTINGS | settings)
+        return copied(state, device)
 
 
 def load_newest(folder, needs=()):
@@ -241,19 +235,23 @@ def load_model(path, device):
     `trained` has all of unet.SETTINGS and data.SETTINGS, at their defaults where the file lacks them. Raises
     CheckpointError.
     """
-    with memory_for(path):
+    with errors_naming(path):
         state = load(path)
         with torch.device("meta"):  # shapes alone, which take no memory until the file proves to have such weights
             model = unet.build(**network_of(state))
-        model.load_state_dict(matching_weights(model, state, path), assign=True)
-        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in state["config"].items()}
+        entries.check_weights(state["model"], model.state_dict())
+        weights = {name: state["model"][name].to(like.dtype) for name, like in model.state_dict().items()}
+        model.load_state_dict(weights, assign=True)
+        saved = {name: entries.as_tuple(value) for name, value in state["config"].items()}
         trained = config.defaults(unet.SETTINGS | data.SETTINGS, **saved)
     return model.to(device, memory_format=memory_format(device)).eval(), trained
 
 
 def load_weights(model, state, path):
     """Put the weights of a checkpoint, `state` as `load` returns it, into the network. Raises CheckpointError."""
-    model.load_state_dict(matching_weights(model, state, path))
+    with errors_naming(path):
+        entries.check_weights(state["model"], model.state_dict())
+    model.load_state_dict(state["model"])
 
 
 @torch.no_grad()
@@ -265,23 +263,12 @@ def load_optimizer(optimizer, state, path):
     stay those of `optimizer`: they follow from the settings.
     """
     make_moments(optimizer)
-    saved, own, must = state["optimizer"], optimizer.state_dict(), functools.partial(demand, path)
-    must(same_keys(saved, own), "optimizer", f"a dict of {' and '.join(own)}")
-    groups = [group["params"] for group in own["param_groups"]]
-    fit = isinstance(saved["param_groups"], list) and all(isinstance(group, dict) for group in saved["param_groups"])
-    must(fit and [group.get("params") for group in saved["param_groups"]] == groups, "optimizer.param_groups", "ours")
-    must(same_keys(saved["state"], own["state"]), "optimizer.state", f"a dict of {len(own['state'])} parameters")
-    for i, moments in own["state"].items():
-        found = saved["state"][i]
-        must(same_keys(found, moments), f"optimizer.state[{i}]", f"a dict of {', '.join(moments)}")
-        for name, moment in moments.items():
-            signed = name != "step" and not name.endswith("_sq")
-            fit = is_finite(found[name], moment.dtype, moment.shape) and (signed or (found[name] >= 0).all())
-            what = f"finite{'' if signed else ', not below 0'}, {moment.dtype} and of shape {tuple(moment.shape)}"
-            must(fit, f"optimizer.state[{i}].{name}", what)
+    own = optimizer.state_dict()
+    with errors_naming(path):
+        entries.check_optimizer(state["optimizer"], own)
     for i, moments in own["state"].items():
         for name, moment in moments.items():
-            moment.copy_(saved["state"][i][name])
+            moment.copy_(state["optimizer"]["state"][i][name])
 
 
 def make_moments(optimizer):
@@ -300,51 +287,35 @@ def make_moments(optimizer):
         p.copy_(value)
 
 
-def network_of(state):
-    """The arguments of unet.build for a checkpoint. Those without "network" are older than its last three arguments."""
-    saved = state["config"]
-    old = {"name": saved["model"]} | ({"t_dim": saved["t_dim"]} if saved["model"] == "unet" else {})
-    return state.get("network", old)
-
-
-def matching_weights(model, state, path):
-    """The weights as the network has them: by name, in its dtypes. Raises CheckpointError if they are another's."""
-    own, saved = model.state_dict(), state["model"]
-    shapes, saved_shapes = ({name: tuple(x.shape) for name, x in weights.items()} for weights in (own, saved))
-    for name in sorted(shapes.keys() | saved_shapes.keys()):
-        shape, saved_shape = shapes.get(name, "absent"), saved_shapes.get(name, "absent")
-        if shape != saved_shape or own[name].is_floating_point() != saved[name].is_floating_point():
-            raise CheckpointError(
-                f"{path} does not hold the weights of this network: {name:.80} is {saved_shape}, not {shape}; "
-                "use another file, or the network that it was trained with"
-            )
-    return {name: saved[name].to(x.dtype) for name, x in own.items()}
-
-
-def moved(value, device):
-    """A structure of dicts, lists and tuples with its tensors on `device`."""
+def copied(value, device):
+    """A structure of dicts, lists and tuples, its tensors on `device`, contiguous, and none sharing memory."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
     if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(moved(item, device) for item in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-# ---- reading a file that may hold anything -----------------------------------------------------------------------
+        return {key: copied(item, device) for key, item in value.items()}
+    return type(value)(copied(item, device) for item in value) if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager
-def memory_for(path):
-    """Tell a lack of memory, which says nothing about the file, from damage."""
+def errors_naming(path):
+    """Make a wrong entry, and a lack of memory, which says nothing about the file, a CheckpointError with the name."""
     try:
         yield
-        return
-    except MemoryError:
-        pass
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+    except entries.Wrong as error:
+        raise CheckpointError(f"{path} cannot be used: {error}; use another one") from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
             raise
-    raise CheckpointError(f"there is not enough memory to load {path}; end other programs or use a larger machine")
+        raise CheckpointError(
+            f"there is not enough memory to load {path}; end other programs or use a larger machine"
+        ) from None
+
+
+def is_lack_of_memory(error):
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+# ---- a file that may hold anything -------------------------------------------------------------------------------
 
 
 def read(path):
@@ -365,10 +336,10 @@ def read(path):
         raise CheckpointError(f"{path} does not exist; train.py names every checkpoint that it saves") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
-    except (CheckpointError, MemoryError):
+    except CheckpointError:
         raise
     except Exception as error:  # a dozen kinds, by where the damage lies
-        if "DefaultCPUAllocator" in str(error):
+        if is_lack_of_memory(error):
             raise
         raise DamagedError(f"{path} is damaged, or is not a checkpoint, or holds code; use another one") from None
 
@@ -402,7 +373,7 @@ def check_size(state, values, size):
             parts = value.values()
         elif type(value) in (list, tuple):
             parts = value
-        elif type(value) is torch.Tensor and not value.requires_grad:
+        elif type(value) is torch.Tensor and not value.requires_grad and not value.is_neg():
             parts, size = (), size - value.nbytes
         elif value is None or type(value) in (bool, int, float, str):
             parts = ()
@@ -411,103 +382,3 @@ def check_size(state, values, size):
         queue += ((part, depth + 1) for part in parts)
         if len(queue) > values or size < 0 or depth > DEEPEST:
             raise ValueError("larger than its file")
-
-
-# ---- the entries of a checkpoint ---------------------------------------------------------------------------------
-
-
-def demand(path, fits, entry, what):
-    if not fits:
-        raise CheckpointError(f"{path} cannot be used: its entry {entry:.100} is not {what}; use another one")
-
-
-def check_entries(state, settings, path):
-    """Hold the entries to what the scripts expect of them: a wrong one is named, not used."""
-    must, saved = functools.partial(demand, path), state["config"]
-    for name, value in saved.items():
-        fits = isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name) and not keyword.iskeyword(name)
-        must(fits and name != "given" and is_plain(value), f"config[{name!r}]", "a setting with a plain value")
-    held_to(saved, settings, path)
-    must(isinstance(state["model"], dict), "model", "a dict of tensors")
-    for name, value in state["model"].items():
-        must(isinstance(name, str) and is_finite(value), f"model[{name!r}]", "a tensor of finite numbers")
-    check_network(state, path)
-    for name in {"epoch", "step"} & state.keys():
-        must(is_number(state[name], int), name, "a whole number of at least 0")
-    must(is_number(state.get("seconds", 0)), "seconds", "a number of at least 0")
-    sums = state.get("loss_sums", torch.zeros(1))
-    must(is_finite(sums, torch.float32) and sums.ndim == 1 and len(sums), "loss_sums", "a finite float32 per process")
-    images = state.get("data", dict(source="", fingerprint=""))
-    fits = isinstance(images, dict) and is_plain(images)
-    must(fits and all(isinstance(images.get(key), str) for key in ("source", "fingerprint")), "data", "a dict of texts")
-    must(is_plain(state.get("provenance", {})), "provenance", "plain values")
-    if "log" in state:
-        check_log(state, must)
-
-
-def held_to(values, settings, path):
-    try:
-        config.check(values, settings, path)
-    except UserError as error:
-        raise CheckpointError(str(error)) from None
-
-
-def check_network(state, path):
-    """The network must be one of ours, with arguments in range which agree with the settings."""
-    must, saved, network = functools.partial(demand, path), state["config"], network_of(state)
-    must(isinstance(network, dict) and is_plain(network), "network", "a dict of plain values")
-    must("network" in state or "widths" not in saved, "network", "there")
-    must(
-        network.get("name") in unet.NETWORKS and network["name"] == saved["model"], "network['name']", "config['model']"
-    )
-    parameters = inspect.signature(unet.NETWORKS[network["name"]]).parameters
-    for name in network.keys() - {"name"}:
-        must(name in parameters and name in unet.SETTINGS, f"network[{name!r}]", "an argument of the network")
-    held_to(network, unet.SETTINGS, path)
-    for name in saved.keys() & parameters.keys() if "network" in state else ():
-        built, stated = (
-            tuple(x) if isinstance(x, list) else x for x in (network.get(name, parameters[name].default), saved[name])
-        )
-        must(built == stated, f"network[{name!r}]", f"config[{name!r}]")
-
-
-def check_log(state, must):
-    """A row an epoch, and epoch and step where they say that the run stands."""
-    log = state["log"]
-    must(isinstance(log, list), "log", "a list of rows")
-    step = 0
-    for epoch, row in enumerate(log):
-        must(isinstance(row, dict) and is_plain(row), f"log[{epoch}]", "a dict of plain values")
-        must(row.get("epoch") == epoch, f"log[{epoch}]['epoch']", epoch)
-        for name in ("step", "train_loss", "test_loss", "lr", "images_per_second", "seconds"):
-            must(is_number(row.get(name)), f"log[{epoch}][{name!r}]", "a number of at least 0")
-        must(
-            is_number(row["step"], int) and row["step"] > step, f"log[{epoch}]['step']", f"a whole number above {step}"
-        )
-        step = row["step"]
-    if "step" in state:
-        must(state["step"] >= step, "step", f"at least {step}, that of the last row of the log")
-        finished = bool(log) and state["step"] == step
-        must(state.get("epoch", len(log) - finished) == len(log) - finished, "epoch", "that of the log")
-
-
-def is_plain(value):
-    """Whether there is no tensor in it. (`read` lets nothing else through.)"""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return all(map(is_plain, value)) if isinstance(value, list | tuple) else not isinstance(value, torch.Tensor)
-
-
-def is_number(value, *kinds):
-    return type(value) in (kinds or (int, float)) and 0 <= value < 2**63
-
-
-def is_finite(value, dtype=None, shape=None):
-    """Whether it is a tensor of finite numbers, of this dtype and shape."""
-    if not isinstance(value, torch.Tensor) or dtype not in (None, value.dtype) or shape not in (None, value.shape):
-        return False
-    return bool(value.isfinite().all())
-
-
-def same_keys(value, other):
-    return isinstance(value, dict) and value.keys() == other.keys()
