@@ -1,0 +1,134 @@
+"""Picture files that are written: where each goes, and what its format can hold."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from config import UserError
+from support import files, pictures
+
+DEEP = {".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
+LOSSY = {".jpg", ".jpeg", ".webp"}
+
+# ---- where to ----------------------------------------------------------------------------------------------------
+
+
+def plan(inputs, output, overwrite=False, extras=()):
+    """[(source, target), ...], the paths of every picture. Raises UserError for what is known to go wrong beforehand.
+
+    inputs: names of files, and of folders with all below them. output: name of a file or of a folder. extras: names
+    of what will be written beside every target, see `beside`.
+    """
+    to_folder = len(inputs) > 1 or os.path.isdir(inputs[0]) or os.path.isdir(output) or output.endswith(("/", os.sep))
+    output, pairs = Path(output), []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            if output.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"the output {output} is inside the input {path}; choose a folder outside it")
+            pairs += [(path / file, output / file) for file in pictures.image_files(path)]
+        elif path.exists():
+            pairs.append((path, output / path.name if to_folder else output))
+        else:
+            raise UserError(f"{path} does not exist; name picture files or folders of them")
+    if not pairs:
+        raise UserError(f"no pictures (.png, .jpg, ...) in {', '.join(inputs)}")
+    if to_folder and output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; several pictures need a folder to go to")
+    originals = {identity(source) for source, _ in pairs}
+    source_of = {}
+    for source, target in pairs:
+        if target.suffix.lower() not in pictures.IMAGE_FILES:
+            raise UserError(
+                f"{target} has no ending of a picture file that can be written "
+                f"({' '.join(sorted(pictures.IMAGE_FILES))}); give it one, or name a folder with a / at its end"
+            )
+        for path in (target, *(beside(target, extra) for extra in extras)):
+            if path in source_of:
+                raise UserError(
+                    f"{source_of[path]} and {source} would both be written to {path}; denoise them into two folders"
+                )
+            source_of[path] = source
+            check_free(path, originals, overwrite)
+    return pairs
+
+
+def check_free(path, originals, overwrite):
+    if len(os.fsencode(path.name)) > 255:
+        raise UserError(f"{path} has a name of more than 255 bytes; choose a shorter one")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; choose another output")
+    if path.exists() and identity(path) in originals:
+        raise UserError(f"{path} is an input, which is never overwritten; choose another output")
+    if path.exists() and not overwrite:
+        raise already_there(path)
+
+
+def already_there(path):
+    return UserError(f"{path} exists; choose another output, or add --overwrite to replace it")
+
+
+def identity(path):
+    """What is the same for all names of one file."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def beside(target, extra):
+    """The path of a figure that belongs to a target: clean.jpg -> clean_compare.png."""
+    return target.with_name(f"{target.stem}_{extra}.png")
+
+
+# ---- encoding ----------------------------------------------------------------------------------------------------
+
+
+def options_for(image, path):
+    """The options of Image.save that write `image` in the format of path's ending, with its profile and EXIF data.
+
+    Also the names of what it has to do without. A format that cannot hold such a picture is found here, on strips
+    that are as long as its sides. Raises DataError.
+    """
+    ending = path.suffix.lower()
+    options = {"format": Image.registered_extensions()[ending]} | ({"quality": 95} if ending in LOSSY else {})
+    sides = (image.width, min(image.height, 16)), (min(image.width, 16), image.height)
+    strips = [depth_for(image.crop((0, 0, *size)), path) for size in sides]
+    for strip in strips:
+        error = trial(strip, options)
+        if error:
+            raise pictures.DataError(f"{path} cannot be written ({error}); choose another ending, such as .png")
+    space, lost = b"RGB " if image.mode.startswith("RGB") else b"GRAY", []
+    for key, name in (("icc_profile", "colour profile"), ("exif", "EXIF data")):
+        data = image.info.get(key)
+        if key == "icc_profile" and data and data[16:20] != space:  # made for other colours than these
+            continue
+        if data and trial(strips[0], options | {key: data}):
+            lost.append(name)
+        elif data:
+            options[key] = data
+    return options, lost
+
+
+def depth_for(image, path):
+    """The image with 8 bits where the format of path's ending has no more."""
+    if image.mode == "I;16" and path.suffix.lower() not in DEEP:
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image
+
+
+def trial(image, options):
+    """What goes wrong when the image is encoded; None: nothing."""
+    try:
+        image.save(io.BytesIO(), **options)
+    except Exception as error:  # Pillow's encoders raise a dozen kinds
+        return error
+
+
+def write(image, path, options, overwrite):
+    """Write a picture whole or not at all; over a file that is there only to overwrite. Raises UserError, OSError."""
+    image = depth_for(image, path)
+    try:
+        files.write_atomically(path, lambda file: image.save(file, **options), replace=overwrite)
+    except FileExistsError:  # it came into being after the plan was made
+        raise already_there(path) from None

@@ -1,0 +1,66 @@
+"""Figures to judge noise in: pictures side by side with every pixel shown as it is."""
+
+import math
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusion import GREY_LEVELS
+
+MIDDLE = 200  # pixels of the middle that is enlarged
+STRENGTHS = (0.5, 0.75, 1, 1.25, 1.5, 2, 3)
+SIGMAS = (5, 10, 15, 20, 25, 40, 60)  # grey levels; in place of multiples of next to nothing
+GAP, LINE, FONT = 12, 24, 17  # pixels between pictures, of a label, of its letters
+
+
+def before_after(before, after):
+    """Pixels (C, H, W) before and after: the whole picture, and below it its middle at three times the size."""
+    views = {"before": before, "after": after}
+    enlarged = [(f"{label}, the middle enlarged", shown(middle(view), scale=3)) for label, view in views.items()]
+    if max(before.shape[1:]) <= MIDDLE:
+        return sheet(enlarged, columns=2)
+    return sheet([(label, shown(view, largest=3 * MIDDLE)) for label, view in views.items()] + enlarged, columns=2)
+
+
+def strengths(pixels, sigma, denoise):
+    """The middle of a picture as denoise(pixels, sigma) leaves it at several levels, at twice the size.
+
+    sigma: the noise level found, in units of the [-1, 1] scale.
+    """
+    levels = {
+        f"--strength {factor:g}  (sigma {GREY_LEVELS * factor * sigma:.0f})": factor * sigma for factor in STRENGTHS
+    }
+    if GREY_LEVELS * sigma < SIGMAS[0]:
+        levels = {f"--sigma {level}": level / GREY_LEVELS for level in SIGMAS}
+    crop = middle(pixels)
+    cells = [("before", crop)] + [(label, denoise(crop, level)) for label, level in levels.items()]
+    return sheet([(label, shown(view, scale=2)) for label, view in cells], columns=4)
+
+
+def middle(pixels):
+    """The middle (C, MIDDLE, MIDDLE) of pixels (C, H, W), or less where they are fewer."""
+    y, x = (max(0, length - MIDDLE) // 2 for length in pixels.shape[1:])
+    return pixels[:, y : y + MIDDLE, x : x + MIDDLE]
+
+
+def shown(pixels, scale=1, largest=None):
+    """Pixels as an RGB image, each of them scale x scale large, or reduced to `largest` pixels a side."""
+    if pixels.dtype == torch.uint16:
+        pixels = (pixels.float() / 257).round().byte()
+    image = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    if largest:
+        image.thumbnail((largest, largest))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def sheet(cells, columns):
+    """A picture of pictures: cells, a list of (label, RGB image), `columns` of them in a row."""
+    width, height = (max(image.size[axis] for _, image in cells) + GAP for axis in (0, 1))
+    width, height = max(width, 300), height + LINE  # room for the label
+    page = Image.new("RGB", (columns * width + GAP, math.ceil(len(cells) / columns) * height + GAP), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT)
+    for i, (label, image) in enumerate(cells):
+        x, y = GAP + i % columns * width, GAP + i // columns * height
+        draw.text((x, y), label, "black", font)
+        page.paste(image, (x, y + LINE))
+    return page
