@@ -6,20 +6,17 @@ for x0 in batches(images, cfg, epoch):                      # (cfg.batch_size, 3
 """
 
 import dataclasses
-import functools
 import hashlib
-import os
-import sys
-from pathlib import Path
 
 import torch
 
 import diffusion
 from config import Setting, UserError, name, whole
-from support.datasets import DATASETS, cifar10
+from support.crops import Crops
+from support.datasets import DATASETS, automatic
 from support.device import memory_format
-from support.pictures import IMAGE_FILES, SIZE, DataError, read  # noqa: F401
-from support.streams import CHOICE, CROPS, HELD_OUT_NOISE, KERNELS, NOISE, ORDER, choice, generator  # noqa: F401
+from support.pictures import SIZE, DataError, read  # noqa: F401
+from support.streams import CHOICE, HELD_OUT_NOISE, KERNELS, NOISE, ORDER, choice, generator  # noqa: F401
 
 TEST_BATCH = 250  # test images that are measured at once
 SETTINGS = {
@@ -37,8 +34,7 @@ def load(split, cfg):
     cfg = resolve(cfg)
     images, source = DATASETS[cfg.dataset].load(split, cfg)
     if isinstance(images, list):
-        shapes = torch.tensor([picture.shape[1:] for picture in images])
-        images = Crops(torch.cat([x.flatten() for x in images]), shapes, cfg.crop_size, cfg.crops_per_image)
+        images = Crops.of(images, cfg.crop_size, cfg.crops_per_image)
     elif (chosen := choice(len(images), cfg.limit)) is not None:
         images = images[chosen]
     return images, f"{len(images):,} {split} images of {source}"
@@ -52,23 +48,6 @@ def resolve(cfg):
         if stray:
             raise UserError(f"--{min(stray).replace('_', '-')} is an option of --dataset {other}, not {cfg.dataset}")
     return module.resolve(cfg) if hasattr(module, "resolve") else cfg
-
-
-@functools.lru_cache
-def automatic(data_dir):
-    """ "cifar10" if it is in data_dir or can be downloaded, else "leaves", with a warning.
-
-    Raises DataError if data_dir holds pictures, which are hardly meant to be ignored.
-    """
-    names = set(os.listdir(data_dir)) if os.path.isdir(data_dir) else set()
-    if {"train", "test"} <= names or IMAGE_FILES & {Path(name).suffix.lower() for name in names}:
-        raise DataError(f"{data_dir} holds pictures; add --dataset folder to use them, or --dataset cifar10 or leaves")
-    try:
-        cifar10.read("test", data_dir)
-        return "cifar10"
-    except DataError as error:
-        print(f"WARNING: using the built-in images instead of CIFAR-10: {error}", file=sys.stderr)
-        return "leaves"
 
 
 def whole_pictures(split, cfg):
@@ -92,40 +71,6 @@ def fingerprint(*splits):
             images = images.pixels
         sha.update(images.numpy().data)
     return sha.hexdigest()[:16]
-
-
-@dataclasses.dataclass
-class Crops:
-    """Crops of whole pictures, others every epoch."""
-
-    pixels: torch.Tensor  # uint8, those of all pictures (3, H, W), flat: one tensor is fast to index on a GPU
-    shapes: torch.Tensor  # (pictures, 2): H, W
-    size: int  # of a crop, pixels
-    each: int  # crops of a picture in an epoch
-
-    def __len__(self):
-        return self.each * len(self.shapes)
-
-    @property
-    def device(self):
-        return self.pixels.device
-
-    def to(self, device):
-        return dataclasses.replace(self, pixels=self.pixels.to(device))
-
-    def draw(self, seed, epoch):
-        """The crops of an epoch, as a function of their numbers: (B,) -> uint8 (B, 3, size, size).
-
-        Their places are uniform and a pure function of (seed, epoch, picture).
-        """
-        random = torch.rand(len(self.shapes), self.each, 2, generator=generator("cpu", seed, CROPS, epoch))
-        y, x = (random * (self.shapes[:, None] - self.size + 1)).long().unbind(2)  # (pictures, each)
-        height, width = self.shapes.T[..., None]  # (pictures, 1)
-        picture = 3 * (height * width).cumsum(0) - 3 * height * width  # where it begins
-        steps = torch.broadcast_tensors(picture + y * width + x, height * width, width)  # of first pixel, channel, row
-        first, channel, row = torch.stack(steps).flatten(1)[..., None, None, None].to(self.device)
-        c, k = torch.arange(3, device=self.device), torch.arange(self.size, device=self.device)
-        return lambda i: self.pixels[first[i] + channel[i] * c[:, None, None] + row[i] * k[:, None] + k]
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def standard(image, path):
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        result = Image.fromarray(full_range(np.asarray(image), tags, path))
+        result = Image.fromarray(full_range(image, tags, path))
     elif SIGNED in tags.get(SAMPLE_FORMAT, ()):
         raise ValueError("signed pixels of 8 bits have no known range; save it with unsigned ones")
     elif image.mode in ("CMYK", "LAB"):
@@ -172,8 +172,9 @@ def standard(image, path):
     return result
 
 
-def full_range(values, tags, path):
-    """Grey integers (H, W) of any kind as uint16 with white at 65535. Raises ValueError for negative ones."""
+def full_range(image, tags, path):
+    """A grey image of integers as uint16 (H, W) with white at 65535. Raises ValueError for negative ones."""
+    values = np.asarray(image)
     signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
     if values.dtype == np.int32 and not signed:
         values = values.view(np.uint32)
@@ -181,18 +182,18 @@ def full_range(values, tags, path):
     if lowest < 0:
         raise ValueError("negative pixels have no known range; save it with unsigned ones")
     declared = max(tags.get(HIGHEST, ()), default=0)
-    if highest <= declared < 2**16 - 1:
+    if declared >= highest and declared & (declared + 1) == 0 < declared:  # 2^bits - 1: the range, and no statistic
         white = declared
-    elif signed and highest < 2**15 and tags.get(BITS) == (16,):
+    elif signed and tags.get(BITS) == (16,):
         white = 2**15 - 1
     elif highest >= 2**16:
         white = highest
         say_once(path, "grey values above 65535: the largest of the file is taken for white")
-    else:  # many cameras and microscopes write fewer bits into 16
-        bits = next(bits for bits in (8, 12, 16) if highest < 2**bits) if highest else 16
-        white = 2**bits - 1
-        if bits < 16:
-            say_once(path, f"no grey value above {white}: taken for {bits} bits, of which {white} is white")
+    elif highest < 2**12 and highest and image.format != "PPM":  # which says its range
+        white = 2**8 - 1 if highest < 2**8 else 2**12 - 1  # as many cameras and microscopes write into 16 bits
+        say_once(path, f"no grey value of 16 bits is above {white}, which is taken for white")
+    else:
+        white = 2**16 - 1
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         values = white - values
     return values.astype(np.uint16) if white == 65535 else (values * (65535 / white)).round().astype(np.uint16)

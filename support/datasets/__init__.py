@@ -10,6 +10,29 @@ A data set is a module with
     files(split, cfg)  optional: the whole pictures of a split, as [(relative name, path)]
 """
 
+import functools
+import os
+import sys
+from pathlib import Path
+
 from support.datasets import cifar10, folder, leaves
+from support.pictures import IMAGE_FILES, DataError
 
 DATASETS = {"cifar10": cifar10, "folder": folder, "leaves": leaves}
+
+
+@functools.lru_cache
+def automatic(data_dir):
+    """What --dataset auto stands for: cifar10 if it is in data_dir or can be downloaded, else leaves, with a warning.
+
+    Raises DataError if data_dir holds pictures, which are hardly meant to be ignored.
+    """
+    names = set(os.listdir(data_dir)) if os.path.isdir(data_dir) else set()
+    if {"train", "test"} <= names or IMAGE_FILES & {Path(name).suffix.lower() for name in names}:
+        raise DataError(f"{data_dir} holds pictures; add --dataset folder to use them, or --dataset cifar10 or leaves")
+    try:
+        cifar10.read("test", data_dir)
+        return "cifar10"
+    except DataError as error:
+        print(f"WARNING: using the built-in images instead of CIFAR-10: {error}", file=sys.stderr)
+        return "leaves"

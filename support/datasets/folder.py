@@ -53,7 +53,8 @@ def load(split, cfg):
     """See support/datasets/__init__.py. What was read is stored in data_dir until a file or an option changes."""
     named = files(split, cfg)
     if split == "train" and cfg.fresh_crops:
-        check_memory(named, lambda width, height: width * height * sum(scale**2 for scale in cfg.scales))
+        squares, crops = sum(scale**2 for scale in cfg.scales), len(cfg.scales) * cfg.crops_per_image
+        check_memory(named, cfg, lambda width, height: 3 * width * height * squares + 32 * crops)
         good = read_all(split, named, cfg, lambda name, path: copies(path, cfg, cfg.scales))
         whole = [torch.from_numpy(picture).permute(2, 0, 1) for some in good for _, picture in some]
         return whole, describe(len(good), cfg)
@@ -67,7 +68,7 @@ def load(split, cfg):
 
     def make():
         size = cfg.crop_size
-        check_memory(named, lambda width, height: size**2 * (count if max(width, height) > size else 1))
+        check_memory(named, cfg, lambda width, height: 3 * size**2 * (count if max(width, height) > size else 1))
         good = read_all(split, named, cfg, crops)
         return torch.from_numpy(np.concatenate(good)), {"pictures": len(good)}
 
@@ -152,6 +153,7 @@ def copies(path, cfg, scales):
         raise DataError(
             f"{path} is {width}x{height} pixels, smaller than {cfg.crop_size}x{cfg.crop_size}"
             f"{'' if max(scales) == 1 else f' at scale {max(scales)}'}; remove it"
+            f"{' or lower --crop-size' if cfg.crop_size > SIZE else ''}"
         )
     return [
         (scale, picture if scale == 1 else np.array(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)))
@@ -184,14 +186,15 @@ def windows(picture, corners, size):
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-def check_memory(named, pixels_of):
+def check_memory(named, cfg, bytes_of):
     """Say how much memory is needed before it is taken. Raises DataError if it is not there.
 
-    pixels_of(width, height): how many are kept of a file of that size.
+    bytes_of(width, height): of a file of that size.
     """
     sample = named[:: math.ceil(len(named) / SAMPLED)]
-    mean = sum(pixels_of(*pictures.size_of(path)) for _, path in sample) / len(sample)
-    need, free = 2 * 3 * mean * len(named), available_memory()  # twice: once for each file, once all together
+    sizes = [pictures.size_of(path) for _, path in sample]
+    mean = sum(bytes_of(*size) for size in sizes if math.prod(size) <= cfg.max_pixels) / len(sample)
+    need, free = 2 * mean * len(named), available_memory()  # twice: those of each file, then all together
     text = f"the crops of {len(named):,} pictures take about {need / 1e9:.1f} GB of memory"
     if need > free:
         raise DataError(
