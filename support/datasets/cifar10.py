@@ -28,12 +28,12 @@ def read(split, data_dir):
     import torchvision  # takes longer than PyTorch, and the other data sets have no use for it
 
     cifar10 = torchvision.datasets.CIFAR10
-    for path in [Path(data_dir) / cifar10.filename, *(Path(data_dir) / cifar10.base_folder).glob("*")]:
-        if path.exists() and not path.is_file():  # torchvision would wait for ever at a pipe
-            raise DataError(f"{path} is not a regular file; remove it, or choose another --data-dir")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
+        for path in [Path(data_dir) / cifar10.filename, *(Path(data_dir) / cifar10.base_folder).glob("*")]:
+            if path.exists() and not path.is_file():  # torchvision would wait for ever at a pipe
+                raise DataError(f"{path} is not a regular file; remove it, or choose another --data-dir")
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy's, about the age of the pickled arrays
             images = cifar10(data_dir, train=split == "train", download=True).data
