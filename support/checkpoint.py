@@ -161,16 +161,12 @@ def lock(folder):
 
 def open_lock(path):
     """Open or make a lock file, and no other kind: what a link leads to would be overwritten."""
-    other_kind = CheckpointError(f"{path} is not a lock file of train.py; delete it or choose another --out-dir")
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    if path.is_symlink() or path.is_dir():
-        raise other_kind
-    file = open(os.open(path, flags, 0o666), "r+", errors="replace")  # noqa: SIM115 - the open file holds the lock
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        file.close()
-        raise other_kind
-    return file
+    if os.path.lexists(path):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise CheckpointError(f"{path} is not a lock file of train.py; delete it or choose another --out-dir")
+    number = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return open(number, "r+", errors="replace")
 
 
 def clean(folder):
@@ -271,6 +267,7 @@ def load_optimizer(optimizer, state, path):
             moment.copy_(state["optimizer"]["state"][i][name])
 
 
+@torch.no_grad()
 def make_moments(optimizer):
     """Have the optimizer make its moments, by a step that changes nothing: gradients and learning rate are 0."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

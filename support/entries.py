@@ -54,11 +54,7 @@ def check_config(saved, settings):
     for name, value in saved.items():
         fits = isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name) and not keyword.iskeyword(name)
         must(fits and name != "given" and is_plain(value), f"config[{name!r}]", "a setting with a plain value")
-        must(
-            name not in settings or config.allows(settings[name], value),
-            f"config[{name!r}]",
-            f"a value that --{name.replace('_', '-')} takes",
-        )
+        must(name not in settings or config.allows(settings[name], value), f"config[{name!r}]", "in its range")
 
 
 def network_of(state):
@@ -72,16 +68,14 @@ def check_network(state):
     """It must be one of ours, its arguments in range and those of the settings."""
     saved, network = state["config"], network_of(state)
     must("network" in state or "widths" not in saved, "network", "there")
-    must(isinstance(network, dict) and network.get("name") == saved["model"], "network", f"one of {saved['model']!r}")
+    fits = isinstance(network, dict) and is_plain(network) and network.get("name") == saved["model"]
+    must(fits, "network", f"a description of {saved['model']!r}")
     parameters = inspect.signature(unet.NETWORKS[saved["model"]]).parameters
     for name, value in network.items():
-        fits = name == "name" or (name in parameters and name in unet.SETTINGS)
-        must(fits, f"network[{name!r}]", "an argument of the network")
-        must(
-            name == "name" or (is_plain(value) and config.allows(unet.SETTINGS[name], value)),
-            f"network[{name!r}]",
-            f"a value that --{name.replace('_', '-')} takes",
-        )
+        known = name == "name" or (name in parameters and name in unet.SETTINGS)
+        must(known, f"network[{name!r}]", "an argument of the network")
+        fits = name == "name" or config.allows(unet.SETTINGS[name], value)
+        must(fits, f"network[{name!r}]", "in its range")
     for name in saved.keys() & parameters.keys() if "network" in state else ():
         value = network.get(name, parameters[name].default)
         must(as_tuple(value) == as_tuple(saved[name]), f"network[{name!r}]", f"config[{name!r}]")
@@ -116,9 +110,11 @@ def check_weights(saved, own):
 def check_optimizer(saved, own):
     """The state of an optimizer must have the structure, shapes and dtypes of `own`, a state dict. Raises Wrong."""
     must(same_keys(saved, own), "optimizer", f"a dict of {' and '.join(own)}")
-    groups = saved["param_groups"] if isinstance(saved["param_groups"], list) else ()
-    parameters = [group.get("params") if isinstance(group, dict) else None for group in groups]
-    must(parameters == [group["params"] for group in own["param_groups"]], "optimizer.param_groups", "this network's")
+    groups = saved["param_groups"]
+    fits = isinstance(groups, list) and is_plain(groups) and all(isinstance(group, dict) for group in groups)
+    parameters = [group["params"] for group in own["param_groups"]]
+    fits = fits and [group.get("params") for group in groups] == parameters
+    must(fits, "optimizer.param_groups", "that of this network")
     must(same_keys(saved["state"], own["state"]), "optimizer.state", f"a dict of {len(own['state'])} parameters")
     for i, moments in own["state"].items():
         must(same_keys(saved["state"][i], moments), f"optimizer.state[{i}]", f"a dict of {', '.join(moments)}")
