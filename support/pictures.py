@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from config import UserError
 
 Image.MAX_IMAGE_PIXELS = None  # read has a limit of its own
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, whose fault is reported here if it matters
 SIZE = 32  # pixels, height and width of every image of the built-in data sets
 IMAGE_FILES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 # Endings of pictures that must be converted first, and what converts them: of phones, and raw ones of cameras.
@@ -181,11 +183,11 @@ def full_range(image, tags, path):
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0:
         raise ValueError("negative pixels have no known range; save it with unsigned ones")
-    declared = max(tags.get(HIGHEST, ()), default=0)
+    bits, declared = max(tags.get(BITS, (16,))), max(tags.get(HIGHEST, ()), default=0)
     if declared >= highest and declared & (declared + 1) == 0 < declared:  # 2^bits - 1: the range, and no statistic
         white = declared
-    elif signed and tags.get(BITS) == (16,):
-        white = 2**15 - 1
+    elif bits < 16 or (signed and bits == 16):
+        white = 2 ** (bits - signed) - 1
     elif highest >= 2**16:
         white = highest
         say_once(path, "grey values above 65535: the largest of the file is taken for white")

@@ -104,6 +104,8 @@ KINDS = {
     "12 bits that say so": (".tif", tiff(TWELVE, t281=[4095]), TWELVE_8, ""),
     "16 bits that say so": (".tif", tiff(TWELVE, t281=[65535]), [0, 2, 8, 16], ""),
     "a brightest value that is no range": (".tif", tiff(GREY.astype(np.uint16), t281=[65000]), GREY_8, ""),
+    "packed 12 bits": (".tif", tiff(u8(0x00, 0x01, 0xF4, 0x7D, 0x0F, 0xA0), t256=[4], t258=[12]), TWELVE_8, ""),
+    "packed 12 bits, dark": (".tif", tiff(u8(0x00, 0x00, 0x80), t256=[2], t258=[12]), [0, 8], ""),
     "12-bit PGM": (".pgm", b"P5 4 1 4095\n" + TWELVE.astype(">u2").tobytes(), TWELVE_8, ""),
     "16-bit PGM, dark": (".pgm", b"P5 4 1 65535\n" + TWELVE.astype(">u2").tobytes(), [0, 2, 8, 16], ""),
     "16-bit grey, black": (".png", png([0, 0, 0, 0], 0), [0, 0, 0, 0], ""),
