@@ -20,6 +20,7 @@ import torch
 
 import config
 import data
+import denoise
 import diffusion
 from config import Setting, UserError, name_ending, whole
 from support import checkpoint, classical, device, figures, files, held_out, measure, metrics, script, tables
@@ -43,7 +44,7 @@ MEASURES = (
     'range, on the 0-255 scale; so is sigma. Every "±" is a 95% interval over images, 1.96 standard errors.'
 )
 WHOLE_LEVELS = (5, 10, 15, 25, 50)  # sigma of whole pictures, on the 0-255 scale
-TOLD_OF_CLEAN = (1, 2, 5)  # sigma that the network is told of whole pictures without noise
+TOLD = (1, 2)  # sigma that the network is told of whole pictures without noise, on the same scale
 
 
 def plan(cfg, networks):
@@ -77,14 +78,15 @@ def evaluate_images(cfg, networks, blind, images):
 
 
 @torch.inference_mode()
-def evaluate_pictures(cfg, networks, pictures, place):
-    """The tables for whole pictures, see data.whole_pictures."""
+def evaluate_pictures(cfg, networks, blind, pictures, place):
+    """The tables for whole pictures, see data.whole_pictures. blind: x0_hat of x_t with unknown noise; or None."""
     every, T = len(pictures), networks["network"][1]
     denoisers = {"noisy": (every, noisy)} | {name: (every, network(*net)) for name, net in networks.items()}
     if cfg.baselines and "BM3D" in (methods := classical.methods()):
         denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
     records = measure.pictures(pictures, WHOLE_LEVELS, T, denoisers, place)
-    told = {f"{sigma}": (every, measure.told(network(*networks["network"]), sigma)) for sigma in TOLD_OF_CLEAN}
+    told = {f"{sigma}": (every, measure.told(network(*networks["network"]), sigma)) for sigma in TOLD}
+    told |= {"estimated, as by denoise.py": (every, lambda x_t, _: blind(x_t))} if blind else {}
     clean = measure.pictures(pictures, (0,), T, told, place)
     # The literature reports on CBSD68: 68 pictures of 481x321 or 321x481 pixels.
     cbsd68 = every == 68 and all(sorted(read().shape[1:]) == [321, 481] for _, read in pictures)
@@ -144,13 +146,15 @@ def main():
     print(f"data: {source}; weights: {weights}")
 
     shares = held_out.channels_in_use(trained, model, images)
-    precision = device.pick_precision(cfg.precision, place)
+    precision, knows_level = device.pick_precision(cfg.precision, place), trained.model != "plain"
     adapt = measure.of_any_size if pictures else measure.in_precision
     networks = {name: (adapt(model, precision), T) for name, (model, T) in networks.items()}
     if pictures:
-        made = evaluate_pictures(cfg, networks, pictures, place)
+        denoiser = denoise.load(weights, cfg.device, cfg.precision)
+        blind = (lambda x_t: denoise.run(denoiser, x_t[0].cpu()).clean[None].to(place)) if knows_level else None
+        made = evaluate_pictures(cfg, networks, blind, pictures, place)
     else:
-        made, records = evaluate_images(cfg, networks, trained.model != "plain", images)
+        made, records = evaluate_images(cfg, networks, knows_level, images)
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
     about |= dict(precision=str(precision).removeprefix("torch."), **device.describe(place))
     about |= dict(seconds=round(time.monotonic() - started, 1), measures=MEASURES)

@@ -49,8 +49,8 @@ def main():
     T, place = cfg.noise_steps, device.pick(cfg.device)
     if cfg.t >= T:
         raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")
-    script.make_folder(Path(cfg.out_dir) / "res")
     path = Path(cfg.out_dir) / "res" / "comparison_result_overfit.png"
+    script.make_folder(path.parent)
     images, source = data.load("test", cfg)
     print(f"data: one of {source}")
     x0 = data.scale(images[:1].to(place))

@@ -102,7 +102,7 @@ def of_any_size(model, precision):
 
     def eps_hat(x, t):
         height, width = x.shape[-2:]
-        return in_tiles(tiles.pad(x, data.SIZE), t)[..., :height, :width]
+        return in_tiles(tiles.pad(x), t)[..., :height, :width]
 
     return eps_hat
 
@@ -157,7 +157,7 @@ def run(jobs, T, images):
     total = sum(len(images[:count]) * len(denoisers) for *_, count, denoisers in jobs)
     with tqdm(total=total, unit="image", delay=2, leave=False, mininterval=1) as bar:
         for method, t, steps, sampler, count, denoisers in jobs:
-            bar.set_description(f"{method}, {steps} steps" if steps > 1 else method)
+            bar.set_description(f"{method}, {steps} steps" if steps > 1 else method, refresh=False)
             sigma, found = diffusion.sigma_of(t, T), []
             for denoiser in denoisers:
                 found.append(measure(images[:count], sigma, denoiser))
