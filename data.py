@@ -43,11 +43,11 @@ def load(split, cfg):
 def resolve(cfg):
     """cfg with what "auto" and other open settings of the data stand for. Raises UserError."""
     cfg = dataclasses.replace(cfg, dataset=automatic(cfg.data_dir) if cfg.dataset == "auto" else cfg.dataset)
-    module = DATASETS[cfg.dataset]
-    for other, stray in ((other, cfg.given & DATASETS[other].SETTINGS.keys() - module.SETTINGS) for other in DATASETS):
-        if stray:
-            raise UserError(f"--{min(stray).replace('_', '-')} is an option of --dataset {other}, not {cfg.dataset}")
-    return module.resolve(cfg) if hasattr(module, "resolve") else cfg
+    chosen = DATASETS[cfg.dataset]
+    for other, module in DATASETS.items():
+        for stray in sorted(cfg.given & module.SETTINGS.keys() - chosen.SETTINGS.keys()):
+            raise UserError(f"--{stray.replace('_', '-')} is an option of --dataset {other}, not of {cfg.dataset}")
+    return chosen.resolve(cfg) if hasattr(chosen, "resolve") else cfg
 
 
 def whole_pictures(split, cfg):

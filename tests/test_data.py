@@ -89,7 +89,7 @@ def test_a_data_set_is_added_by_a_file_and_a_line(monkeypatch):
 
 def test_an_option_of_another_data_set_is_refused(tmp_path):
     cfg = config.parse("", data.SETTINGS, argv=["--dataset", "leaves", "--crop-size", "64", "--data-dir", "x"])
-    with pytest.raises(config.UserError, match="--crop-size is an option of --dataset folder, not leaves"):
+    with pytest.raises(config.UserError, match="--crop-size is an option of --dataset folder, not of leaves"):
         data.load("train", cfg)
 
 
@@ -513,7 +513,7 @@ def test_a_run_finds_its_leaves_after_their_recipe_has_changed(few_leaves, tmp_p
     assert not torch.equal(load("train", "leaves", tmp_path), before)
     assert torch.equal(data.load("train", cfg)[0], before)
     assert mine.exists() and len(list(tmp_path.glob("leaves-train-*.bin"))) == 2
-    with pytest.raises(DataError, match=rf"leaves-test-0-{cfg.leaves_recipe}.bin is needed, .* copy it there"):
+    with pytest.raises(DataError, match=rf"leaves-test-0-{cfg.leaves_recipe}.bin is missing .* copy it there"):
         data.load("test", cfg)
 
 

@@ -56,8 +56,7 @@ def load(split, cfg):
         squares, crops = sum(scale**2 for scale in cfg.scales), len(cfg.scales) * cfg.crops_per_image
         check_memory(named, cfg, lambda width, height: 3 * width * height * squares + 32 * crops)
         good = read_all(split, named, cfg, lambda name, path: copies(path, cfg, cfg.scales))
-        whole = [torch.from_numpy(picture).permute(2, 0, 1) for some in good for _, picture in some]
-        return whole, describe(len(good), cfg)
+        return [torch.from_numpy(x).permute(2, 0, 1) for some in good for _, x in some], describe(len(good), cfg)
     count = cfg.crops_per_image * len(cfg.scales) if split == "train" else math.ceil(HELD_OUT_CROPS / len(named))
 
     def crops(name, path):
@@ -206,12 +205,17 @@ def check_memory(named, cfg, bytes_of):
 
 
 def available_memory():
-    """Bytes that can be allocated without swapping, infinite where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+    """Bytes that can be allocated without swapping, as far as the system tells."""
+    sources = (
+        lambda: 1024 * int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]),
+        lambda: int(Path("/sys/fs/cgroup/memory.max").read_text()),  # of a container; "max" where it has no limit
+        lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    )
+    known = [math.inf]
+    for source in sources:
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            known.append(source())
+    return min(known)
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------------

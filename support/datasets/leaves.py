@@ -4,8 +4,8 @@
 
 Opaque random shapes fall on one another, their sizes after a power law (Lee, Mumford & Huang 2001, "Occlusion models
 for natural images"). Denoisers trained on such images come close to ones trained on photographs if the leaves have
-textures and the camera blurs a little (Achddou et al. 2021; arXiv 2504.10201). The constants were chosen by
-two measures against CIFAR-10: the statistics of the images, and the loss there of a network trained on leaves.
+textures and the camera blurs a little (Achddou et al. 2021; arXiv 2504.10201). The constants were chosen by two
+measures against CIFAR-10: the statistics of the images, and the loss there of a network trained on leaves.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def load(split, cfg):
     def make():
         if recipe != current_recipe():
             raise DataError(
-                f"{path} is needed, the built-in images of another version of this program, and is not there or "
-                "damaged; copy it there, or start a new run"
+                f"{path} is missing or damaged, and this version of the program makes other images; copy it there, or "
+                f"use these with --leaves-recipe {current_recipe()} (to train, in a new run)"
             )
         progress = tqdm(CHUNKS[split], f"making {split} images", leave=False, mininterval=1)
         chunks = [dead_leaves(CHUNK, streams.generator("cpu", SEED, streams.LEAVES, i)) for i in progress]
