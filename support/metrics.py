@@ -87,8 +87,10 @@ def autocorrelation(residual):
         (r[..., 1:, 1:] * r[..., :-1, :-1]).sum(dim=(2, 3)),
         (r[..., 1:, :-1] * r[..., :-1, 1:]).sum(dim=(2, 3)),
     )
-    power = r.square().sum(dim=(2, 3)).clamp(min=torch.finfo(r.dtype).tiny)
-    return (torch.stack(lags) / power).abs().mean(dim=(0, 2))
+    power = r.square().sum(dim=(2, 3))
+    rounding = (8 * torch.finfo(r.dtype).eps) ** 2 * residual.float().square().sum(dim=(2, 3))  # of the mean
+    correlation = torch.where(power > rounding, torch.stack(lags) / power, 0)
+    return correlation.abs().mean(dim=(0, 2))
 
 
 def interval(values, reference=None):
