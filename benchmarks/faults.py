@@ -1,16 +1,21 @@
-"""A soak of what tests/test_faults.py tests quickly: small trainings killed with -9 at random moments, damaged files.
+"""A soak of what the tests try quickly: small trainings killed with -9 at random moments, damaged and edited files.
 
     python -m benchmarks.faults --trials 200
 
 Kills: a training of 24 steps that saves every 2 is killed at a random moment, inside saves too, and resumed until it is
-done; its last checkpoint must equal, bit for bit, that of a run that nobody disturbed. Damage: ten times as many copies
+done; its last checkpoint must equal, bit for bit, that of a run that nobody disturbed. Every other one replaces the
+checkpoints of an older run (--overwrite), and at no moment may there be no whole one. Damage: ten times as many copies
 of a checkpoint with flipped bits, cut off, or overwritten in part are loaded; each must be refused with one line, or
-hold the very same content (a bit of the archive's padding). Prints a table. POSIX only.
+hold the very same content (a bit of the archive's padding). Edits: five times as many copies, of which one entry is
+another but the checksum right, must be refused with one line or load without an error. Prints a table. POSIX only.
 """
 
 import contextlib
+import copy
+import math
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,15 +24,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # an optimizer's first step imports it: here, so that no forked process has to
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
-import config
 import train
+import unet
+from config import Setting, UserError, defaults, parse, whole
+from support import checkpoint, script
 
+SETTINGS = {
+    "trials": Setting(
+        200, whole(), "kills; there are ten times as many damaged files and five times as many edited ones"
+    )
+}
 EPOCHS, LAST = 3, "unet32_e2.pth"
-RUN = f"--dataset folder --data-dir pictures --epochs {EPOCHS} --batch-size 2 --t-dim 8 --save-every-steps 2 --device cpu".split()
+RUN = (
+    f"--dataset folder --data-dir pictures --epochs {EPOCHS} --batch-size 2 --widths 4 4 8 --t-dim 8 "
+    "--save-every-steps 2 --device cpu"
+).split()
+BAD = {"runs not the same", "saved work lost", "failures", "accepted though wrong", "crashes"}
 
 
 def make_pictures(folder):
@@ -38,27 +54,38 @@ def make_pictures(folder):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / split / f"{i}.png")
 
 
-def start_process(work):
-    """work() in a forked process, which saves the seconds that importing takes; its output goes to output.txt."""
+# ---- kills -------------------------------------------------------------------------------------------------------
+
+
+def start_training(folder, *flags):
+    """train.py in a forked process, which saves the seconds that importing takes; its output goes to output.txt."""
     child = os.fork()
-    if child == 0:
-        code = 1
-        with open("output.txt", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            try:
-                config.run(work, *train.MISTAKES)
-                code = 0
-            except SystemExit as end:
-                if isinstance(end.code, str):
-                    print(end.code)
-                code = end.code if isinstance(end.code, int) else 1
-        os._exit(code)
-    return child
+    if child:
+        return child
+    sys.argv = ["train.py", "--out-dir", str(folder), *RUN, *map(str, flags)]
+    code = 1
+    with open("output.txt", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            script.run(train.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            print("Traceback", repr(error))
+    os._exit(code)
 
 
-def start_training(folder):
-    found = checkpoint.in_folder(folder)
-    sys.argv = ["train.py", "--out-dir", folder, *(["--resume", "auto", "--device", "cpu"] if found else RUN)]
-    return start_process(train.main)
+def finish(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def newest_of_run(folder):
+    """(path, step) of the newest whole checkpoint of the run with seed 0; the older run has seed 1."""
+    for path in reversed(checkpoint.in_folder(folder)):
+        state = checkpoint.load(path)  # a save that was killed left the file before, or none
+        if state["config"]["seed"] == 0:
+            return path, state["step"]
+    return None, 0
 
 
 def same(a, b):
@@ -72,47 +99,63 @@ def same(a, b):
 
 def kill_runs(kills):
     """Counts by name, after so many kills."""
-    os.waitpid(start_training("undisturbed"), 0)
     reference = Path("undisturbed") / LAST
-    began = time.time()
-    os.waitpid(start_training("timed"), 0)
-    longest = 1.2 * (time.time() - began)
-    counts = dict.fromkeys(("kills", "inside a save", "runs finished", "runs not the same", "work lost", "failures"), 0)
-    folder, step = "run0", 0
+    for folder, flags in (("undisturbed", ()), ("older", ("--seed", 1))):
+        if finish(start_training(folder, *flags)):
+            raise UserError(f"a training that nobody killed failed: {Path('output.txt').read_text()[-500:]}")
+    began = time.monotonic()
+    finish(start_training("timed"))
+    longest = 1.2 * (time.monotonic() - began)
+    names = (
+        "kills",
+        "inside a save",
+        "runs finished",
+        "with --overwrite",
+        "runs not the same",
+        "saved work lost",
+        "failures",
+    )
+    counts = dict.fromkeys(names, 0)
     with tqdm(total=kills, desc="kills") as bar:
-        while counts["kills"] < kills:
-            child = start_training(folder)
-            time.sleep(random.uniform(0, longest))
-            os.kill(child, signal.SIGKILL)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            if status == -signal.SIGKILL:
-                counts["kills"] += 1
-                bar.update()
-                counts["inside a save"] += bool(list(Path(folder).glob(f".*.{child}.tmp")))
-                now = checkpoint.load(checkpoint.newest(folder))["step"] if checkpoint.in_folder(folder) else 0
-                counts["work lost"] += now < step  # what was saved once is never gone
-                step = now
-                continue
-            if status == 0:
-                counts["runs finished"] += 1
-                counts["runs not the same"] += not same(
-                    checkpoint.load(reference), checkpoint.load(Path(folder) / LAST)
-                )
-            else:
-                counts["failures"] += 1
+        for run in range(kills):  # more than there can be
+            folder = Path(f"run{run}")
+            if overwrite := run % 2 == 1:
+                shutil.copytree("older", folder)
+            killed, step = True, 0
+            while killed and counts["kills"] < kills:
+                path, _ = newest_of_run(folder)
+                resume = ("--resume", path) if overwrite and path else () if overwrite else ("--resume", "auto")
+                child = start_training(folder, *resume, *["--overwrite"] * overwrite)
+                time.sleep(random.uniform(0, longest))
+                os.kill(child, signal.SIGKILL)
+                code = finish(child)
+                killed = code == -signal.SIGKILL
+                counts["kills"] += killed
+                bar.update(killed)
+                counts["inside a save"] += bool(list(folder.glob(f".tmp-{child}-*")))
+                before, (_, step) = step, newest_of_run(folder)
+                counts["saved work lost"] += step < before or (overwrite and not checkpoint.in_folder(folder))
+            if killed:
                 break
-            folder, step = f"run{counts['runs finished'] + counts['failures']}", 0
-            for path in Path(".").glob("run*/*.pth"):
-                path.unlink()
+            counts["runs finished"] += 1
+            counts["with --overwrite"] += overwrite
+            counts["failures"] += code != 0
+            fine = code == 0 and same(checkpoint.load(reference), checkpoint.load(folder / LAST))
+            counts["runs not the same"] += not fine
+            shutil.rmtree(folder)
     return counts
+
+
+# ---- damaged and edited files ------------------------------------------------------------------------------------
 
 
 def damage(content, rng):
     """A copy of `content` with one kind of damage."""
     content = bytearray(content)
     # Anywhere, or near the ends, where the archive's directory and the pickled structure are.
-    ends = [*range(65536), *range(len(content) - 65536, len(content))]
-    place = rng.choice(ends) if rng.random() < 0.5 else rng.randrange(len(content))
+    edge = min(65536, len(content))
+    ends = rng.choice((rng.randrange(edge), len(content) - 1 - rng.randrange(edge)))
+    place = ends if rng.random() < 0.5 else rng.randrange(len(content))
     kind = rng.choice(("flip one bit", "flip ten bits", "cut off", "zero a block", "overwrite a block"))
     if kind.startswith("flip"):
         for _ in range(1 if "one" in kind else 10):
@@ -128,16 +171,14 @@ def damage(content, rng):
     return content
 
 
-def damage_files(files):
+def damage_files(source, files):
     """Counts by name, of so many damaged files."""
-    path = Path("damaged.pth")
-    whole = (Path("undisturbed") / LAST).read_bytes()
-    checksum = checkpoint.checksum(checkpoint.load(Path("undisturbed") / LAST))
-    counts = dict.fromkeys(("files", "refused with a line", "content untouched", "accepted though wrong", "crashes"), 0)
-    rng = random.Random(0)
+    path, content, rng = Path("damaged.pth"), source.read_bytes(), random.Random(0)
+    checksum = checkpoint.checksum(checkpoint.load(source))
+    names = "damaged files", "refused with a line", "content untouched", "accepted though wrong", "crashes"
+    counts = dict.fromkeys(names, 0) | {"damaged files": files}
     for _ in tqdm(range(files), "damaged files"):
-        path.write_bytes(damage(whole, rng))
-        counts["files"] += 1
+        path.write_bytes(damage(content, rng))
         try:
             state = checkpoint.load(path)
             counts["content untouched" if checkpoint.checksum(state) == checksum else "accepted though wrong"] += 1
@@ -148,25 +189,97 @@ def damage_files(files):
     return counts
 
 
+def places(value):
+    """(dict or list, key) of every entry of a structure."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+def edit(state, rng):
+    """Change one entry at random: its value, its kind, another entry's in its place, or none."""
+    top = rng.choice(list(state))  # else most would be moments and weights
+    inner, key = rng.choice([(state, top), *places(state[top])])
+    kind, value = rng.randrange(4), inner[key]
+    if kind == 0:
+        del inner[key]
+    elif kind == 1 and isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+        value.view(-1)[rng.randrange(value.numel())] = rng.choice((math.nan, math.inf, -math.inf))
+        return math.nan if top == "model" else None
+    elif kind == 2:
+        other, place = rng.choice(list(places(state)))
+        inner[key] = copy.deepcopy(other[place])
+    else:
+        values = (
+            None,
+            True,
+            0,
+            -3,
+            1.5,
+            math.nan,
+            10**30,
+            "",
+            "x\ny",
+            [],
+            {},
+            (),
+            torch.zeros(()),
+            torch.ones(1).expand(9),
+        )
+        inner[key] = rng.choice(values)
+    return None
+
+
+def use(path):
+    """All that the scripts do with a checkpoint."""
+    state = checkpoint.load(path, needs=("optimizer",))
+    checkpoint.load_model(path, "cpu")
+    cfg = defaults(train.SETTINGS, widths=(4, 4, 8), t_dim=8)
+    model = unet.build(**unet.describe(cfg))
+    optimizer = train.make_optimizer(cfg, model)
+    checkpoint.load_weights(model, state, path)
+    checkpoint.load_optimizer(optimizer, state, path)
+
+
+def edit_files(source, files):
+    """Counts by name, of so many files whose inside was edited, with a right checksum."""
+    path, rng = Path("edited.pth"), random.Random(0)
+    names = "edited files", "refused with a line", "loaded", "accepted though wrong", "crashes"
+    counts = dict.fromkeys(names, 0) | {"edited files": files}
+    for _ in tqdm(range(files), "edited files"):
+        state = checkpoint.load(source)
+        spoilt = edit(state, rng)
+        torch.save(state | {"checksum": checkpoint.checksum(state)}, path)
+        try:
+            use(path)
+            counts["accepted though wrong" if spoilt else "loaded"] += 1  # a weight that is no number
+        except checkpoint.CheckpointError as error:
+            counts["refused with a line" if "\n" not in str(error) else "crashes"] += 1
+        except Exception as error:
+            counts["crashes"] += 1
+            tqdm.write(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return counts
+
+
 def main():
-    cfg = config.parse(__doc__, "trials")
+    cfg = parse(__doc__, SETTINGS)
     torch.set_num_threads(1)  # a forked process must not inherit a pool of threads
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         make_pictures(Path("pictures"))
-        kills = kill_runs(cfg.trials)
-        damaged = damage_files(10 * cfg.trials)
+        source = Path("undisturbed") / LAST
+        tables = [kill_runs(cfg.trials)]
+        tables += damage_files(source, 10 * cfg.trials), edit_files(source, 5 * cfg.trials)
         output = Path("output.txt").read_text()
         os.chdir("/")
-    for counts in (kills, damaged):
+    for counts in tables:
         for name, count in counts.items():
             print(f"{name:24}{count:6}")
         print()
-    bad = ("runs not the same", "work lost", "failures"), ("accepted though wrong", "crashes")
-    wrong = sum(counts[name] for counts, names in zip((kills, damaged), bad) for name in names)
+    wrong = sum(count for counts in tables for name, count in counts.items() if name in BAD)
     if wrong or "Traceback" in output:
-        sys.exit(f"error: {wrong} results are wrong, or a traceback was printed:\n{output[-3000:]}")
+        raise UserError(f"{wrong} results are wrong, or a traceback was printed: ...{output[-500:]}")
 
 
 if __name__ == "__main__":
-    config.run(main, *train.MISTAKES)
+    script.run(main)
