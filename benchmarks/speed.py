@@ -1,29 +1,62 @@
-"""Speed and memory of the default recipe beside the reference recipe, and both beside what the machine can do.
+"""Speed and memory of training with AdamW, with Muon and in the textbook loop, beside what the machine can do.
 
     python -m benchmarks.speed --dataset cifar10
 
-Run from the root of the repository, on Linux, on an otherwise idle machine. Rounds of the two recipes alternate; the table shows medians.
-Training is train.py itself, in a process of its own. Prints the table and writes model/res/speed.json.
+Run from the root of the repository, on Linux, on an otherwise idle machine. AdamW and Muon are `train.py --optimizer`,
+the reference is benchmarks/reference.py, each in a process of its own. Their rounds alternate; the table shows medians.
+Prints the table and writes model/res/speed.json.
 """
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import config
 import data
 import unet
+from benchmarks import reference, timed
+from config import Setting, UserError, whole
+from support import device, files, script
 
-RECIPES = ("default", "reference")
+SETTINGS = reference.DATA | {
+    "limit": Setting(None, whole(16), "training images of a round; None: 3,200 on the CPU, else 50,000"),
+    "rounds": Setting(5, whole(), "measurements of each recipe"),
+    "device": device.SETTINGS["device"],
+    "out_dir": Setting("model", config.name, "folder for the numbers (in res/)"),
+}
+# A round of a recipe: what is run, and the part of the images that it gets, so that all take about as long.
+RECIPES = {
+    "AdamW": (("train", "--optimizer", "adamw"), 1),
+    "Muon": (("train", "--optimizer", "muon"), 1),
+    "reference": (("benchmarks.reference",), 1 / 2),
+}
+IMAGES_PER_SECOND = r"([\d.]+) images/s"  # in the line that both loops print after an epoch
+# Runs a module, then prints the process's own peak (getrusage would count its parent's as well) and the GPU's, bytes.
+RUN_AND_MEASURE = """
+import re, runpy, sys, torch
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+host = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
+print(int(host[1]) * 1024, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+"""
+
+
+def train_and_measure(*command):
+    """(images a second, peak memory, peak memory on the GPU) of an epoch of a module, given with its flags; bytes."""
+    command = [sys.executable, "-c", RUN_AND_MEASURE, *map(str, command), "--epochs", "1"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise UserError(f"{' '.join(command[3:])} failed: {process.stderr.strip().splitlines()[-1]}")
+    return float(re.findall(IMAGES_PER_SECOND, process.stdout)[-1]), *map(int, process.stdout.splitlines()[-1].split())
 
 
 def flops(model, backward):
@@ -36,144 +69,82 @@ def flops(model, backward):
     return counter.get_total_flops()
 
 
-def timed(f, device, seconds=2.0):
+def calls_a_second(f, place, seconds=2.0):
     """Calls of f() a second, over at least `seconds` and after one call that does not count."""
     f()
-    synchronize(device)
+    timed.synchronize(place)
     started, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - started < seconds:
         f()
-        synchronize(device)
+        timed.synchronize(place)
         calls += 1
     return calls / (time.perf_counter() - started)
 
 
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def matrix_rate(dtype, device):
+def matrix_rate(precision, place):
     """FLOP/s of large square matrix products: the practical limit of convolutions."""
-    n = 2048 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, dtype=dtype, device=device)
-    return 2 * n**3 * timed(lambda: a @ a, device)
+    n = 2048 if place.type == "cpu" else 8192
+    a = torch.randn(n, n, dtype=precision, device=place)
+    return 2 * n**3 * calls_a_second(lambda: a @ a, place)
 
 
 @torch.inference_mode()
-def inference_rate(dtype, device, batch_size):
+def inference_rate(precision, place):
     """Images a second through the network in evaluation mode."""
-    model = unet.UNet().to(device, memory_format=data.memory_format(device)).eval()
-    x = data.scale(torch.zeros(batch_size, 3, data.SIZE, data.SIZE, device=device))
-    t = torch.ones(batch_size, device=device)
-    with config.autocast(device, dtype):
-        return batch_size * timed(lambda: model(x, t), device)
+    batch_size = 250 if place.type == "cpu" else 2000
+    model = unet.UNet().to(place, memory_format=device.memory_format(place)).eval()
+    x = data.scale(torch.zeros(batch_size, 3, data.SIZE, data.SIZE, device=place))
+    t = torch.ones(batch_size, device=place)
+    with device.autocast(place, precision):
+        return batch_size * calls_a_second(lambda: model(x, t), place)
 
 
-# train.py, then the process's own peak (Linux: getrusage would count the parent's as well), then the GPU's.
-TRAIN_AND_MEASURE = """
-import re, runpy, sys, torch
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-host = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
-print(int(host[1]) * 1024, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-"""
-
-
-class Trained(NamedTuple):
-    images_per_second: float
-    seconds: float  # of the whole command, from its start to its end
-    memory: int  # peak of the process, bytes
-    gpu_memory: int
-
-
-def train_and_measure(*flags):
-    """What `train.py --epochs 1 FLAGS` gives, in an --out-dir of its own."""
-    with tempfile.TemporaryDirectory() as out:
-        flags = ["--epochs", "1", "--out-dir", out, *map(str, flags)]
-        started = time.perf_counter()
-        process = subprocess.run(
-            [sys.executable, "-c", TRAIN_AND_MEASURE, "train.py", *flags], capture_output=True, text=True
-        )
-        seconds = time.perf_counter() - started
-        if process.returncode:
-            raise config.ConfigError(f"train.py {' '.join(flags)} failed: {process.stderr.splitlines()[-1]}")
-        log = checkpoint.load_newest(out)[1]["log"]
-    return Trained(log[0]["images_per_second"], seconds, *map(int, process.stdout.splitlines()[-1].split()))
-
-
-def measure(cfg, device):
-    """{recipe: {quantity: median over the rounds}}, and the values of every round."""
-    precisions = {"default": config.pick_precision("auto", device), "reference": torch.float32}
-    limits = {"default": cfg.limit, "reference": max(8, cfg.limit // 2)}  # about as long
-    cost = {backward: flops(unet.UNet(), backward) for backward in (False, True)}
-    rounds = {recipe: [] for recipe in RECIPES}
-    for i in range(cfg.rounds):
-        for recipe in RECIPES:
-            where = ("--dataset", cfg.dataset, "--data-dir", cfg.data_dir, "--device", device)
-            run = train_and_measure("--preset", recipe, "--limit", limits[recipe], *where)
-            rate = matrix_rate(precisions[recipe], device)
-            inference = inference_rate(precisions[recipe], device, 250 if device.type == "cpu" else 2000)
-            rounds[recipe].append(
-                dict(
-                    train_images_per_second=run.images_per_second,
-                    train_fraction_of_limit=run.images_per_second * cost[True] / rate,
-                    inference_images_per_second=inference,
-                    inference_fraction_of_limit=inference * cost[False] / rate,
-                    matrix_gflops=rate / 1e9,
-                    peak_memory_gb=run.memory / 1e9,
-                    peak_gpu_memory_gb=run.gpu_memory / 1e9,
-                )
-            )
-            print(f"round {i + 1}/{cfg.rounds}, {recipe}: {run.images_per_second:.1f} training images/s", flush=True)
-    medians = {recipe: {name: median(row[name] for row in rows) for name in rows[0]} for recipe, rows in rounds.items()}
-    return dict(
-        medians=medians,
-        speedup=medians["default"]["train_images_per_second"] / medians["reference"]["train_images_per_second"],
-        gflop_an_image=dict(forward=cost[False] / 1e9, training=cost[True] / 1e9),
-        precision={recipe: str(precision).removeprefix("torch.") for recipe, precision in precisions.items()},
-        rounds=rounds,
-        machine=config.machine(device),
-    )
-
-
-def table(result):
-    rows = [
-        ("precision", "{}", result["precision"]),
-        *(
-            (name, form, {recipe: result["medians"][recipe][key] for recipe in RECIPES})
-            for name, form, key in (
-                ("training, images/s", "{:.1f}", "train_images_per_second"),
-                ("  fraction of the matrix rate", "{:.2f}", "train_fraction_of_limit"),
-                ("inference, images/s", "{:.0f}", "inference_images_per_second"),
-                ("  fraction of the matrix rate", "{:.2f}", "inference_fraction_of_limit"),
-                ("matrix rate, GFLOP/s", "{:.0f}", "matrix_gflops"),
-                ("peak memory of training, GB", "{:.2f}", "peak_memory_gb"),
-                ("  on the GPU", "{:.2f}", "peak_gpu_memory_gb"),
-            )
-        ),
-    ]
-    print(f"\n{'':32}{'default':>12}{'reference':>12}")
-    for name, form, values in rows:
-        print(f"{name:32}" + "".join(f"{form.format(values[recipe]):>12}" for recipe in RECIPES))
-    print(f"\ntraining, default / reference: {result['speedup']:.2f}")
-    cost = result["gflop_an_image"]
-    print(f"an image costs {cost['forward']:.2f} GFLOP forward, {cost['training']:.2f} GFLOP in training")
-    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+def measure(recipe, cfg, limit, place):
+    """One round of a recipe: {quantity: number}, quantities as the table names them."""
+    precision = torch.float32 if recipe == "reference" else device.pick_precision("auto", place)
+    command, share = RECIPES[recipe]
+    flags = ("--dataset", cfg.dataset, "--data-dir", cfg.data_dir, "--device", place, "--limit", round(share * limit))
+    with tempfile.TemporaryDirectory() as folder:
+        where = ("--out-dir", folder) if command[0] == "train" else ()
+        images_per_second, memory, gpu_memory = train_and_measure(*command, *flags, *where)
+    rate, inference, model = matrix_rate(precision, place), inference_rate(precision, place), unet.UNet()
+    return {
+        "training, images/s": images_per_second,
+        "training, share of the matrix rate": images_per_second * flops(model, backward=True) / rate,
+        "inference, images/s": inference,
+        "inference, share of the matrix rate": inference * flops(model, backward=False) / rate,
+        "matrix rate, GFLOP/s": rate / 1e9,
+        "precision, bits": torch.finfo(precision).bits,
+        "peak memory of training, GB": memory / 1e9,
+        "peak memory on the GPU, GB": gpu_memory / 1e9,
+    }
 
 
 def main():
-    cfg = config.parse(__doc__, "dataset data_dir limit rounds device out_dir")
-    device = config.pick_device(cfg.device)
-    cfg.dataset = data.resolve(cfg.dataset, cfg.data_dir)
-    data.load("train", cfg.dataset, cfg.data_dir)  # downloaded or made before the rounds
-    cfg.limit = cfg.limit or (3200 if device.type == "cpu" else 50_000)
-    result = measure(cfg, device)
-    table(result)
+    cfg = config.parse(__doc__, SETTINGS)
+    place = device.pick(cfg.device)
     path = Path(cfg.out_dir) / "res" / "speed.json"
-    checkpoint.write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    script.make_folder(path.parent)
+    cfg = dataclasses.replace(cfg, dataset=data.resolve(reference.settings_of(cfg)).dataset)
+    data.load("train", reference.settings_of(cfg))  # downloaded or made before the rounds
+    limit = cfg.limit or (3200 if place.type == "cpu" else 50_000)
+    rounds = {recipe: [] for recipe in RECIPES}
+    for i in range(cfg.rounds):
+        for recipe, rows in rounds.items():
+            rows.append(measure(recipe, cfg, limit, place))
+            print(f"round {i + 1}/{cfg.rounds}, {recipe}: {rows[-1]['training, images/s']:.1f} images/s", flush=True)
+    medians = {recipe: {key: median(row[key] for row in rows) for key in rows[0]} for recipe, rows in rounds.items()}
+    print(f"\n{'':36}" + "".join(f"{recipe:>12}" for recipe in RECIPES))
+    for key in medians["reference"]:
+        print(f"{key:36}" + "".join(f"{row[key]:12.4g}" for row in medians.values()))
+    adamw, muon, textbook = (medians[recipe]["training, images/s"] for recipe in RECIPES)
+    ratios = {"AdamW / reference": adamw / textbook, "Muon / AdamW": muon / adamw}
+    print("\ntraining:", ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    print(", ".join(f"{name} {value}" for name, value in device.describe(place).items()))
+    result = dict(medians=medians, ratios=ratios, rounds=rounds, machine=device.describe(place))
+    files.write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
     print(f"saved: {path}")
 
 
 if __name__ == "__main__":
-    config.run(main, data.DataError, checkpoint.CheckpointError)
+    script.run(main)

@@ -1,53 +1,144 @@
 """What the benchmarks compute, without timing anything."""
 
+import itertools
+import json
 import math
+import re
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL, TINY
 
-import checkpoint
+import config
+import data
 import train
 import unet
-from benchmarks import export, speed, time_to_loss
+from benchmarks import reference, speed, time_to_loss, timed
+from support import checkpoint
+from support.world import World
+
+CPU = World(0, 1, 0, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("target", [0.11, 0.1417, 0.2, 0.7])
-def test_the_search_finds_the_shortest_time(monkeypatch, target):
-    """On trainings whose loss is known: 0.1 + 5 / steps, at 10 ms a step."""
+@pytest.fixture
+def settings(pictures):
+    """settings(lr=1): all of train.py's, for the pictures."""
 
-    class Training:
-        def __init__(self, factory, cfg, images, device, steps_per_epoch):
-            self.step, self.seconds = 0, 0.0
+    def settings(**values):
+        where = dict(dataset="folder", data_dir=str(pictures), precision="float32")
+        return config.defaults(train.SETTINGS, **(where | values))
 
-        def go(self, steps):
-            self.seconds += 0.01 * (steps - self.step)
-            self.step = steps
-
-        def held_out_loss(self, images):
-            return 0.1 + 5 / self.step
-
-    monkeypatch.setattr(time_to_loss, "Training", Training)
-    shortest = 0.01 * math.ceil(5 / (target - 0.1))
-    runs = time_to_loss.fastest("any", None, {}, target, 10.0, None, None, torch.device("cpu"))
-    found = min(seconds for seconds, loss in runs if loss <= target)
-    assert shortest <= found <= 1.11 * shortest + 0.01 and len(runs) <= 6
-    # More than the reference's time is never given, and a contender that needs more is not said to have won.
-    runs = time_to_loss.fastest("any", None, {}, target, 0.5 * shortest, None, None, torch.device("cpu"))
-    assert all(loss > target for _, loss in runs) and max(seconds for seconds, _ in runs) <= 0.5 * shortest + 0.001
+    return settings
 
 
-def test_a_training_of_the_race_is_that_of_train(run):
-    """The loop of the race, which stops by the clock, gives the weights of train.py's."""
-    run("--epochs", 1, "--batch-size", 4, "--warmup-steps", 2, "--device", "cpu", "--precision", "float32")
+UNet = unet.UNet  # tests put `tiny` in its place
+
+
+def tiny():
+    return UNet(widths=(4, 4, 8), t_dim=8)
+
+
+def test_the_textbook_loop_gives_the_weights_of_train(run, settings):
+    run("--preset", "reference", "--epochs", 3, *TINY, "--device", "cpu")
+    trained = checkpoint.load("model/unet32_e2.pth")
+    images, _ = data.load("train", settings())
+    torch.manual_seed(0)
+    model = tiny()
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    cfg = config.defaults(train.SETTINGS, **train.PRESETS["reference"] | dict(epochs=3))
+    losses = torch.stack(list(reference.training(model, images, cfg)))
+    assert len(losses) == trained["step"] == 6
+    for epoch, row in enumerate(trained["log"]):
+        assert losses[2 * epoch : 2 * epoch + 2].mean().item() == pytest.approx(row["train_loss"], rel=1e-4)
+    for name, value in model.state_dict().items():
+        # Relative to the way it went: Adam turns the rounding of a vanishing gradient into a step of visible size.
+        difference = (trained["model"][name] - value).norm() / (value - initial[name]).norm()
+        assert difference < 0.02, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_training_by_the_clock_is_that_of_train(run, settings, optimizer):
+    run("--epochs", 1, "--optimizer", optimizer, *SMALL, "--precision", "float32")
     state = checkpoint.load("model/unet32_e0.pth")
-    images = train.data.load("train", "folder", state["config"]["data_dir"])[0]
-    cfg = time_to_loss.recipe(torch.device("cpu"), batch_size=4, warmup_steps=2, precision="float32", epochs=1)
-    training = time_to_loss.Training(unet.UNet, cfg, images, torch.device("cpu"), 4)
-    training.go(steps=4)
-    for name, value in training.model.state_dict().items():
-        torch.testing.assert_close(value, state["model"][name])
+    cfg = settings(batch_size=4, warmup_steps=0, epochs=1, optimizer=optimizer)
+    (x_train, _), (x_test, _) = data.load("train", cfg), data.load("test", cfg)
+    models = []
+
+    def factory():
+        models.append(tiny())
+        return models[-1]
+
+    _, loss = timed.train_for(4, factory, cfg, x_train, x_test, CPU)
+    assert loss == state["log"][0]["test_loss"]
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, state["model"][name]), name
+    # Longer than an epoch, the images are shuffled anew, as in the second epoch of train.py.
+    timed_run = timed.TimedRun(cfg, 6, CPU)
+    seen = list(timed_run.epoch(x_train))
+    expected = [*data.batches(x_train, cfg, 0), *data.batches(x_train, cfg, 1)][:6]
+    assert all(map(torch.equal, seen, expected)) and len(seen) == 6
+    assert timed_run.lr_at(3) == pytest.approx(cfg.lr / 2)
+
+
+def test_the_textbook_curve_ends_with_the_training(settings, monkeypatch):
+    """A reference that has run all its epochs before the time is up is evaluated as it is."""
+    monkeypatch.setattr(unet, "UNet", tiny)
+    images, _ = data.load("train", settings())
+    monkeypatch.setattr(reference, "training", lambda model, images: iter(torch.zeros(5)))
+    curve = timed.reference_curve(1e6, 3, images, images[:4], CPU)
+    assert len(curve) == 3 and len({loss for _, loss in curve}) == 1
+    assert [seconds for seconds, _ in curve] == sorted(seconds for seconds, _ in curve)
+
+
+@pytest.mark.parametrize("target", [0.1051, 0.1103, 0.1417, 0.2, 0.7, 6])
+def test_the_search_finds_the_shortest_training(target):
+    """On trainings whose loss is known: 0.1 + 5 / steps."""
+    shortest = math.ceil(5 / (target - 0.1))
+    runs = time_to_loss.fastest(lambda steps: (steps / 100, 0.1 + 5 / steps), 1000, target)
+    found = min(steps for steps, (_, loss) in runs.items() if loss <= target)
+    assert shortest <= found <= 1.1 * shortest + 1 and len(runs) <= 9
+    # More than `most` steps are never tried, and a contender that needs more is not said to have won.
+    runs = time_to_loss.fastest(lambda steps: (steps / 100, 0.1 + 5 / steps), shortest - 1 or 1, target)
+    assert max(runs) == max(shortest - 1, 1)
+    assert shortest == 1 or all(loss > target for _, loss in runs.values())
+
+
+def test_a_race(settings, pictures, tmp_path, monkeypatch, capsys):
+    """The whole of time_to_loss on tiny networks: a figure, the numbers, a line for each contender."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(unet, "UNet", tiny)
+    monkeypatch.setattr(time_to_loss, "CONTENDERS", {"AdamW": (tiny, dict(lr=1e-2))})
+    monkeypatch.setattr(time_to_loss, "FIRST_STEPS", 2)
+    monkeypatch.setattr(time_to_loss, "EVALUATIONS", 3)
+    clock = types.SimpleNamespace(perf_counter=itertools.count(0, 0.01).__next__)  # 10 ms a look
+    monkeypatch.setattr(timed, "time", clock)
+    Path("peers.py").write_text("import unet\nCONTENDERS = {'plain': (lambda: unet.PlainUNet(widths=(4, 4, 8)), {})}\n")
+    where = ("--dataset", "folder", "--data-dir", str(pictures), "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["race", *where, "--minutes", "0.002", "--contenders", "peers.py"])
+    time_to_loss.main()
+    result = json.loads(Path("model/res/time_to_loss.json").read_text())
+    assert len(result["reference"]) == 3 and result["machine"]["threads"] >= 1
+    assert result["reference"][-1][0] == pytest.approx(0.12, abs=0.03)  # seconds
+    assert result["contenders"].keys() == result["ratios"].keys() == {"AdamW", "plain"}
+    assert Path("model/res/time_to_loss.png").stat().st_size > 1000
+    assert "\nAdamW: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("x = 1", "must define CONTENDERS"),
+        ("CONTENDERS = [1]", "must define CONTENDERS"),
+        ("CONTENDERS = {'mine': (print, {'rate': 1})}", "mine has the setting rate"),
+    ],
+)
+def test_contenders_that_cannot_race(text, message, tmp_path):
+    (tmp_path / "peers.py").write_text(text)
+    with pytest.raises(config.UserError, match=message):
+        time_to_loss.contenders_of(str(tmp_path / "peers.py"))
 
 
 def test_flops_of_a_known_network():
@@ -58,20 +149,39 @@ def test_flops_of_a_known_network():
     assert speed.flops(model, backward=True) == 2 * forward  # no gradient of the image is needed
 
 
-def test_exported_weights(run, pictures, monkeypatch, tmp_path, capsys):
-    run("--epochs", 1, "--seed", 3, "--no-flip", *SMALL)
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "shipped.pth")
-    flags = ("--dataset", "folder", "--data-dir", str(pictures), "--device", "cpu")
-    monkeypatch.setattr(sys, "argv", ["export", *flags])
-    export.main()
-    state = checkpoint.load(tmp_path / "shipped.pth")
-    assert state.keys() == {"model", "config", "provenance"}
-    assert state["config"]["dataset"] == "auto" and state["config"]["noise_steps"] == 10
-    words = state["provenance"]["command"].split(" --")
-    assert str(pictures) not in state["provenance"]["command"]
-    assert {"seed 3", "no-flip", "t-dim 8", "batch-size 4"} <= set(words) and words[0] == "python train.py"
-    shipped, _ = checkpoint.load_model(tmp_path / "shipped.pth", "cpu")
-    trained, _ = checkpoint.load_model("model/unet32_e0.pth", "cpu")
-    for a, b in zip(shipped.parameters(), trained.parameters()):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+def test_the_table_of_speeds(pictures, tmp_path, monkeypatch, capsys):
+    """Medians and ratios of rounds whose numbers are known."""
+    monkeypatch.chdir(tmp_path)
+    speeds = {"AdamW": iter((10, 30, 20)), "Muon": iter((8, 16, 90)), "reference": iter((5, 5, 1))}
+    monkeypatch.setattr(speed, "measure", lambda recipe, *rest: {"training, images/s": next(speeds[recipe])})
+    where = ("--dataset", "folder", "--data-dir", str(pictures), "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["speed", *where, "--rounds", "3"])
+    speed.main()
+    assert "AdamW / reference 4.00, Muon / AdamW 0.80" in capsys.readouterr().out
+    result = json.loads(Path("model/res/speed.json").read_text())
+    assert result["medians"]["AdamW"] == {"training, images/s": 20} and len(result["rounds"]["Muon"]) == 3
+
+
+def test_both_loops_print_what_speed_reads(run, pictures, monkeypatch, capsys):
+    run("--epochs", 1, *SMALL)
+    assert len(re.findall(speed.IMAGES_PER_SECOND, capsys.readouterr().out)) == 1
+    monkeypatch.setattr(unet, "UNet", tiny)
+    where = ["reference", "--dataset", "folder", "--data-dir", str(pictures), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*where, "--epochs", "2"])
+    reference.main()
+    assert len(re.findall(speed.IMAGES_PER_SECOND, capsys.readouterr().out)) == 2
+    monkeypatch.setattr(sys, "argv", [*where, "--limit", "7"])
+    with pytest.raises(config.UserError, match="7 training images do not fill a batch of 8"):
+        reference.main()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak memory is read from /proc")
+def test_a_measured_training(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = (*SMALL, "--dataset", "folder", "--data-dir", pictures, "--out-dir", tmp_path / "model")
+    images_per_second, memory, gpu_memory = speed.train_and_measure("train", *flags)
+    assert images_per_second > 0 and 1e8 < memory < 1e11 and gpu_memory >= 0
+    assert (tmp_path / "model/unet32_e0.pth").exists()
+    with pytest.raises(config.UserError, match=r"failed: error: .* already holds"):
+        speed.train_and_measure("train", *flags)

@@ -1,0 +1,76 @@
+"""Training by the clock: the textbook loop, evaluated on its way, and train.py's loop for a number of updates.
+
+Only training counts as time, not start-up and not evaluation.
+"""
+
+import itertools
+import time
+
+import torch
+
+import data
+import train
+import unet
+from benchmarks import reference
+from support import device, held_out
+from support.world import Signals
+
+
+def synchronize(place):
+    """Wait until the torch.device `place` has done what it was given."""
+    if place.type != "cpu":
+        getattr(torch, place.type).synchronize()
+
+
+def reference_curve(seconds, evaluations, x_train, x_test, world):
+    """The textbook loop for so many seconds, its schedule that of all 20 epochs: [(seconds, held-out loss), ...]."""
+    torch.manual_seed(reference.RECIPE.seed)
+    model = unet.UNet().to(world.device)
+    losses = reference.training(model, x_train.cpu())
+    next(losses)  # not timed: it starts threads and kernels
+    curve, taken = [], 0.0
+    for i in range(evaluations):
+        started = time.perf_counter() - taken
+        for _ in losses:
+            if time.perf_counter() - started >= seconds * (i + 1) / evaluations:
+                break
+        synchronize(world.device)
+        taken = time.perf_counter() - started
+        curve.append((taken, held_out.held_out_loss(reference.RECIPE, world, model, x_test, Signals(world))))
+        print(f"  {taken:.0f} s, held-out loss {curve[-1][1]:.4f}", flush=True)
+    return curve
+
+
+class TimedRun:
+    """What train.train asks of a run (see support/run.py), for `steps` updates by the clock, as a single epoch."""
+
+    def __init__(self, cfg, steps, world):
+        self.cfg, self.steps, self.step, self.log, self.signals = cfg, steps, 0, [], Signals(world)
+
+    def epoch(self, images):
+        self.epoch_length, started = len(images) // self.cfg.batch_size, time.perf_counter()
+        endless = itertools.chain.from_iterable(data.batches(images, self.cfg, epoch) for epoch in itertools.count())
+        yield from itertools.islice(endless, self.steps)
+        synchronize(images.device)
+        self.seconds = time.perf_counter() - started
+
+    def lr_at(self, step):
+        return train.lr_at(step, self.cfg, self.steps)
+
+    def recycling_is_due(self):
+        return self.step % self.epoch_length == 0 and self.step < self.cfg.recycle * self.steps
+
+    def after_step(self, loss):
+        self.step += 1
+
+    def after_epoch(self, test_loss, shares):
+        self.log.append(test_loss)
+
+
+def train_for(steps, factory, cfg, x_train, x_test, world):
+    """(seconds, held-out loss) of train.py's training of a new network over so many updates."""
+    torch.manual_seed(cfg.seed)
+    model = factory().to(world.device, memory_format=device.memory_format(world.device))
+    run = TimedRun(cfg, steps, world)
+    train.train(cfg, world, model, train.make_optimizer(cfg, model), x_train, x_test, run)
+    return run.seconds, run.log[0]

@@ -1,0 +1,18 @@
+"""Memory that a training step frees is kept for the next step."""
+
+import ctypes
+import platform
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_THRESHOLD = 32 * 2**20  # bytes; mallopt refuses more
+
+
+def keep_freed_memory():
+    """Ask glibc not to return freed memory to the system, which would hand it out again page by page, zeroed.
+
+    Blocks above LARGEST_THRESHOLD are still returned at once. Returns whether it took effect: Linux with glibc only.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

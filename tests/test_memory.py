@@ -1,0 +1,46 @@
+"""Freed memory is kept where glibc can do so, and nothing happens elsewhere."""
+
+import ctypes
+import platform
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from support import memory
+
+# Page faults of writing 4 MB blocks that were freed before.
+COUNT_FAULTS = """
+import resource, sys
+from support import memory
+
+if sys.argv[1] == "keep":
+    assert memory.keep_freed_memory()
+def touch():
+    blocks = [bytearray(4 * 2**20) for _ in range(10)]
+    for block in blocks:
+        block[::4096] = b"x" * 1024
+touch()
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_freed_memory_is_used_again():
+    def faults(argument):
+        command = [sys.executable, "-c", COUNT_FAULTS, argument]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < 0.1 * faults("default")
+
+
+@pytest.mark.parametrize("system, libc", [("Darwin", ""), ("Windows", ""), ("Linux", "musl")])
+def test_nothing_happens_elsewhere(monkeypatch, system, libc):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "libc_ver", lambda: (libc, ""))
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    assert memory.keep_freed_memory() is False
