@@ -1,74 +1,114 @@
-"""Make model/unet32.pth, the trained weights that come with the repository, from a checkpoint of train.py.
+"""Make the weights that come with the repository from a checkpoint of train.py.
 
-    python -m benchmarks.export --weights model/muon/unet32_e9.pth --dataset cifar10
+    python -m benchmarks.export --weights model/muon/unet32_e9.pth --data-dir data/cifar10
 
-Run from the root of the repository, on the machine that trained. Halves the size (float16), measures what that costs on the test images
-and refuses if it is 0.0002 or more. The file holds weights, config and provenance, no optimizer.
+Run from the root of the repository, on the machine that trained. Halves the size (float16), measures what that costs on
+the held-out images and refuses if it is 0.0002 or more. The file holds weights, network, config and provenance, no
+optimizer.
 """
 
+import dataclasses
 import platform
+import shlex
 
 import torch
 import torchvision
 
-import checkpoint
 import config
 import data
 import train
 import unet
+from config import Setting, UserError, name_ending, parse
+from support import checkpoint, device, script
+from support.held_out import held_out_loss
+from support.world import Signals, World
 
+SETTINGS = {
+    "weights": Setting(None, config.name, "checkpoint of train.py; None: the newest in out_dir"),
+    "out_dir": Setting("model", config.name, "folder of the run, where no --weights are named"),
+    "to": Setting(str(checkpoint.SHIPPED), name_ending(".pth"), "file to write, over one that is there"),
+    "command": Setting(None, config.name, "the command that trained them; None: as their settings say"),
+    "dataset": Setting("auto", data.SETTINGS["dataset"].kind, "held-out images to measure on; auto: those of the run"),
+    "data_dir": Setting(None, config.name, "folder of these images; None: that of the run"),
+    "device": device.SETTINGS["device"],
+}
 MOST = 0.0002  # of loss that float16 may cost
-WHERE_THE_IMAGES_LAY = {"dataset", "data_dir"}
+WHERE_THE_IMAGES_ARE = {"dataset", "data_dir"}
 
 
-def command(settings):
-    """The train.py command of a checkpoint's config: what differs from the defaults, but where the images lay."""
-    flags = ["python train.py"]
-    for name, value in settings.items():
-        if name in WHERE_THE_IMAGES_LAY or value == config.SETTINGS[name].default:
+def command(saved):
+    """The train.py command of a checkpoint's config, a dict: what differs from its preset, but where the images are."""
+    usual = {name: setting.default for name, setting in train.SETTINGS.items()} | {"preset": saved.get("preset")}
+    usual |= train.PRESETS.get(saved.get("preset"), {})
+    flags = [] if saved.get("preset", "default") == "default" else ["--preset", saved["preset"]]
+    for name, value in saved.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in usual or name in WHERE_THE_IMAGES_ARE or value == usual[name]:
             continue
-        flag = "--" + name.replace("_", "-")
-        flags.append(flag if value is True else flag.replace("--", "--no-") if value is False else f"{flag} {value}")
-    return " ".join(flags)
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(["python", "train.py", *flags])
+
+
+def halved(weights):
+    """The floating-point tensors of a state dict in float16."""
+    return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+
+
+def losses(state, path, cfg, images, where):
+    """The held-out loss with the weights as they are and in float16: two numbers."""
+    world, found = World(0, 1, 0, where), []
+    for weights in (state["model"], halved(state["model"])):
+        model = unet.build(**checkpoint.network_of(state))
+        checkpoint.load_weights(model, state | {"model": weights}, path)
+        model.to(where, memory_format=device.memory_format(where))
+        found.append(held_out_loss(cfg, world, model, images.to(where), Signals(world)))
+    return found
 
 
 def main():
-    cfg = config.parse(__doc__, "weights out_dir dataset data_dir device")
+    cfg = parse(__doc__, SETTINGS)
     path = cfg.weights or checkpoint.newest(cfg.out_dir)
-    state = checkpoint.load(path, needs=("log", "data"))
-    settings, last = state["config"], state["log"][-1]
-    device = config.pick_device(cfg.device)
-    images, source = data.load("test", cfg.dataset, cfg.data_dir)
-    images, world = images.to(device), train.World(0, 1, 0, device)
-    halved = {name: value.half() if value.is_floating_point() else value for name, value in state["model"].items()}
-    losses = {}
-    for name, weights in (("float32", state["model"]), ("float16", halved)):
-        model = unet.build(settings["model"], settings["t_dim"])
-        model.load_state_dict(weights)
-        model.to(device, memory_format=data.memory_format(device))
-        losses[name] = train.held_out_loss(model, images, settings["noise_steps"], torch.float32, world)
-        print(f"held-out loss with {name} weights: {losses[name]:.5f} ({source})")
-    if abs(losses["float16"] - losses["float32"]) >= MOST:
-        raise config.ConfigError("float16 costs too much here; the weights are not exported")
+    state = checkpoint.load(path, needs=("log", "data"), settings=train.SETTINGS)
+    saved, last = state["config"], state["log"][-1]
+    trained = config.defaults(train.SETTINGS, **saved)
+    measured = dataclasses.replace(
+        trained,
+        dataset=trained.dataset if cfg.dataset == "auto" else cfg.dataset,
+        data_dir=cfg.data_dir or trained.data_dir,
+        precision="float32",
+    )
+    where = device.pick(cfg.device)
+    images, source = data.load("test", measured)
+    full, half = losses(state, path, measured, images, where)
+    print(f"held-out loss on {source}: {full:.5f} with float32 weights, {half:.5f} with float16")
+    if not abs(half - full) < MOST:
+        raise UserError("float16 costs too much here; the weights are not exported")
     provenance = dict(
-        command=command(settings),
+        command=cfg.command or command(saved),
         epochs=last["epoch"] + 1,
         steps=last["step"],
         seconds=last["seconds"],
-        seed=settings["seed"],
-        held_out_loss=losses["float16"],
+        seed=saved["seed"],
+        held_out_loss=half,
         data=state["data"]["source"],
         torchvision=str(torchvision.__version__),
         system=platform.machine(),
-        **config.machine(device),
+        **device.describe(where),
     )
     # The images are looked for anew wherever the file is used.
-    settings = settings | dict(dataset="auto", data_dir=config.SETTINGS["data_dir"].default)
-    checkpoint.save(checkpoint.SHIPPED, dict(model=halved, config=settings, provenance=provenance))
+    saved = saved | {name: data.SETTINGS[name].default for name in WHERE_THE_IMAGES_ARE}
+    parts = {"network": state["network"]} if "network" in state else {}
+    checkpoint.save(cfg.to, dict(model=halved(state["model"]), config=saved, provenance=provenance) | parts)
+    checkpoint.load_model(cfg.to, "cpu")
     for name, value in provenance.items():
         print(f"{name}: {value}")
-    print(f"saved: {checkpoint.SHIPPED}, {checkpoint.SHIPPED.stat().st_size / 1e6:.2f} MB")
+    print(f"saved: {cfg.to}")
 
 
 if __name__ == "__main__":
-    config.run(main, data.DataError, checkpoint.CheckpointError)
+    with torch.no_grad():
+        script.run(main)

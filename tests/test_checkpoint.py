@@ -7,6 +7,8 @@ import math
 import os
 import pickle
 import random
+import re
+import shlex
 import socket
 import sys
 import zipfile
@@ -17,8 +19,10 @@ import torch
 
 import config
 import data
+import train
 import unet
-from support import checkpoint, muon
+from benchmarks import export
+from support import checkpoint, entries, muon
 from support.checkpoint import CheckpointError, DamagedError, NoCheckpointError
 
 CFG = config.defaults(unet.SETTINGS | data.SETTINGS, widths=(4, 4, 8), t_dim=8)
@@ -460,16 +464,16 @@ EDITS = [  # the way to an entry, what it becomes (None: it is gone), what the l
 
 
 def edited(state, way, value):
-    state = copy.deepcopy(state)
-    *outer, last = way
-    inner = state
-    for key in outer:
-        inner = inner[key]
-    if value is None:
-        del inner[last]
+    """A copy of `state`, as far as it differs, with another value at the end of the way, or without one (None)."""
+    key, *rest = way
+    changed = copy.copy(state)
+    if rest:
+        changed[key] = edited(state[key], rest, value)
+    elif value is None:
+        del changed[key]
     else:
-        inner[last] = value
-    return state
+        changed[key] = value
+    return changed
 
 
 def use(path):
@@ -499,12 +503,12 @@ def test_a_wrong_entry_is_named(whole, path, hold, way, value, named):
     assert named in refusal(path, use)
 
 
-def test_every_weight_must_be_a_number(whole, path, hold):
+def test_every_weight_must_be_a_number(whole):
     for name, value in whole["model"].items():
         spoilt = value.clone(memory_format=torch.contiguous_format)
         spoilt.view(-1)[-1] = math.nan
-        hold(edited(whole, ["model", name], spoilt))
-        assert f"its entry model[{name!r}] is not a tensor of finite numbers" in refusal(path)
+        with pytest.raises(entries.Wrong, match=re.escape(f"model[{name!r}] is not a tensor of finite numbers")):
+            entries.check(edited(whole, ["model", name], spoilt), unet.SETTINGS | data.SETTINGS)
 
 
 @pytest.mark.parametrize("options", [dict(dtype=torch.cfloat), dict(requires_grad=True), dict(layout=torch.sparse_coo)])
@@ -522,7 +526,7 @@ def ways(value, way=()):
         yield from ways(value[key], (*way, key))
 
 
-@pytest.mark.parametrize("trials", [100, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_random_edits_are_used_or_refused(whole, path, hold, trials):
     """Nothing but a CheckpointError, whatever an entry becomes; a structure in place of any other included."""
     rng = random.Random(0)
@@ -555,6 +559,28 @@ def test_random_edits_are_used_or_refused(whole, path, hold, trials):
             refused += 1
             assert str(path) in str(error) and len(str(error)) < 1000
     assert refused > trials / 3
+
+
+# ---- the file that is shipped ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--optimizer", "muon", "--no-flip", "--continuous-t", "--lr", "1e-3", "--widths", "4", "4", "8"),
+        ("--preset", "reference", "--epochs", "3"),
+        ("--preset", "photographs", "--sigma-range", "2", "50", "--no-augment", "--scales", "1", "0.5"),
+    ],
+)
+def test_the_command_in_a_provenance_leads_to_the_same_settings(flags):
+    cfg = config.parse("", train.SETTINGS, train.PRESETS, flags)
+    saved = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "given"}
+    words = shlex.split(export.command(saved))
+    assert words[:2] == ["python", "train.py"]
+    again = config.parse("", train.SETTINGS, train.PRESETS, words[2:])
+    differing = {name for name in saved if getattr(again, name) != saved[name]}
+    assert differing <= export.WHERE_THE_IMAGES_ARE
 
 
 # ---- the optimizer -----------------------------------------------------------------------------------------------
