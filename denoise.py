@@ -43,7 +43,6 @@ SETTINGS = {
     "max_pixels": Setting(100_000_000, whole(), "pixels of the largest picture that is read; a small file can expand"),
 } | device.SETTINGS  # fmt: skip
 
-LEAST = 32  # pixels: no network has seen smaller images in training
 # Pixels, height and width of a tile. Larger tiles waste less on their margins: 1.17 times the pixels of 24 megapixels
 # are computed with 608, 1.11 times with 856, 1.53 times with 256. Either takes 0.7 GB with the widths 64 128 256.
 TILE = {torch.float32: 608, torch.bfloat16: 856}
@@ -125,7 +124,7 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
     model = tiles.tiled(model, size, margin)
 
     def denoise_part(part):
-        x = tiles.pad(pixels.to_x(part.to(network.device))[None], LEAST)
+        x = tiles.pad(pixels.to_x(part.to(network.device))[None])
         x_t = (gain * x).contiguous(memory_format=device.memory_format(network.device))
         x0_hat = diffusion.denoise_steps(model, x_t, t, T, steps)[0, :, : part.shape[1], : part.shape[2]]
         return pixels.from_x(x0_hat / gain, part.dtype)
@@ -145,9 +144,9 @@ def estimate(source, network):
     """The Level of the noise in pixels (C, H, W)."""
     gain = math.sqrt(3) if len(source) == 1 else 1
     model = diffusion.grey(network.model) if len(source) == 1 else network.model
-    source = tiles.pad(source, LEAST)
+    source = tiles.pad(source)
     if source[0].numel() > (CROP * CROPS) ** 2:
-        rows, columns = (np.linspace(0, n - CROP, CROPS).astype(int) for n in source.shape[1:])
+        rows, columns = (np.linspace(0, max(0, n - CROP), CROPS).astype(int) for n in source.shape[1:])
         crops = torch.stack([source[:, y : y + CROP, x : x + CROP] for y in rows for x in columns])
     else:
         crops = source[None]
@@ -215,14 +214,14 @@ def main():
         files.clean(folder)
     print(f"weights: {network.path}")
     left_out = 0
-    for source, target in tqdm(pairs, "pictures", leave=False, disable=len(pairs) == 1):
+    for source, target in tqdm(pairs, "pictures", delay=2, leave=False, disable=len(pairs) == 1):
         try:
             denoise_file(source, target, network, cfg)
         except Exception as error:  # whatever is wrong with one picture, the others go on
             if len(pairs) == 1:
                 raise
             left_out += 1
-            tqdm.write(f"WARNING: left out: {source}: {' '.join(str(error).split())}", sys.stderr)
+            tqdm.write(f"WARNING: left out: {source}: {' '.join(str(error).split()) or repr(error)}", sys.stderr)
     if left_out:
         raise UserError(f"{left_out} of {len(pairs)} pictures were left out, see above; the others are written")
 

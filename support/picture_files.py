@@ -29,6 +29,8 @@ def plan(inputs, output, overwrite=False, extras=()):
             if output.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"the output {output} is inside the input {path}; choose a folder outside it")
             pairs += [(path / file, output / file) for file in pictures.image_files(path)]
+        elif path.suffix.lower() in pictures.CONVERTERS:
+            raise UserError(pictures.must_convert(path))
         elif path.exists():
             pairs.append((path, output / path.name if to_folder else output))
         else:
@@ -93,7 +95,7 @@ def options_for(image, path):
     ending = path.suffix.lower()
     options = {"format": Image.registered_extensions()[ending]} | ({"quality": 95} if ending in LOSSY else {})
     sides = (image.width, min(image.height, 16)), (min(image.width, 16), image.height)
-    strips = [depth_for(image.crop((0, 0, *size)), path) for size in sides]
+    strips = [bare(image.crop((0, 0, *size)), path) for size in sides]
     for strip in strips:
         error = trial(strip, options)
         if error:
@@ -110,8 +112,9 @@ def options_for(image, path):
     return options, lost
 
 
-def depth_for(image, path):
-    """The image with 8 bits where the format of path's ending has no more."""
+def bare(image, path):
+    """The image without its info, which some of Pillow's encoders write unasked, in a depth that the format has."""
+    image.info = {}
     if image.mode == "I;16" and path.suffix.lower() not in DEEP:
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     return image
@@ -127,7 +130,7 @@ def trial(image, options):
 
 def write(image, path, options, overwrite):
     """Write a picture whole or not at all; over a file that is there only to overwrite. Raises UserError, OSError."""
-    image = depth_for(image, path)
+    image = bare(image, path)
     try:
         files.write_atomically(path, lambda file: image.save(file, **options), replace=overwrite)
     except FileExistsError:  # it came into being after the plan was made

@@ -56,13 +56,12 @@ def unpack_pillow(image):
 
 
 def unpack_array(array):
-    shape, floating = array.shape, np.issubdtype(array.dtype, np.floating)
-    if array.dtype not in (np.uint8, np.uint16) and not floating:
-        raise ValueError(f"an array must be uint8, uint16 or floating, not {array.dtype}")
+    shape, dtype, floating = array.shape, array.dtype.newbyteorder("="), np.issubdtype(array.dtype, np.floating)
+    if dtype not in (np.uint8, np.uint16) and not floating:
+        raise ValueError(f"an array must be uint8, uint16 or floating, not {dtype}")
     if array.ndim not in (2, 3):
         raise ValueError(f"an image of 1 or 3 channels is needed, not an array of the shape {shape}")
-    native = np.array(array, array.dtype.newbyteorder("="))
-    pixels = torch.from_numpy(np.atleast_3d(native)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.atleast_3d(np.array(array, dtype))).permute(2, 0, 1)
 
     def pack(pixels):
         pixels = (pixels + 1) / 2 if floating else pixels

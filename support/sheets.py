@@ -1,6 +1,6 @@
 """Figures to judge noise in: pictures side by side with every pixel shown as it is."""
 
-import math
+import itertools
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -11,6 +11,7 @@ MIDDLE = 200  # pixels of the middle that is enlarged
 STRENGTHS = (0.5, 0.75, 1, 1.25, 1.5, 2, 3)
 SIGMAS = (5, 10, 15, 20, 25, 40, 60)  # grey levels; in place of multiples of next to nothing
 GAP, LINE, FONT = 12, 24, 17  # pixels between pictures, of a label, of its letters
+LEAST_WIDTH = 270  # pixels of a label
 
 
 def before_after(before, after):
@@ -55,12 +56,13 @@ def shown(pixels, scale=1, largest=None):
 
 def sheet(cells, columns):
     """A picture of pictures: cells, a list of (label, RGB image), `columns` of them in a row."""
-    width, height = (max(image.size[axis] for _, image in cells) + GAP for axis in (0, 1))
-    width, height = max(width, 300), height + LINE  # room for the label
-    page = Image.new("RGB", (columns * width + GAP, math.ceil(len(cells) / columns) * height + GAP), "white")
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    width = GAP + max(LEAST_WIDTH, *(image.width for _, image in cells))
+    heights = [GAP + LINE + max(image.height for _, image in row) for row in rows]
+    page = Image.new("RGB", (GAP + width * columns, GAP + sum(heights)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT)
-    for i, (label, image) in enumerate(cells):
-        x, y = GAP + i % columns * width, GAP + i // columns * height
-        draw.text((x, y), label, "black", font)
-        page.paste(image, (x, y + LINE))
+    for row, y in zip(rows, itertools.accumulate(heights, initial=GAP)):
+        for i, (label, image) in enumerate(row):
+            draw.text((GAP + i * width, y), label, "black", font)
+            page.paste(image, (GAP + i * width, y + LINE))
     return page

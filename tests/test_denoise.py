@@ -1,37 +1,44 @@
-"""denoise.py: tiles, sizes, kinds of pictures, what it refuses, and the estimate of the noise level.
+"""denoise.py and what it is made of: tiles, types and sizes of images, files and what is refused, honest messages.
 
 The model of known answer is the optimal one for independent Gaussian pixels N(MU, S^2): eps_hat = sigma (x - MU) /
-(S^2 + sigma^2). Its one-step estimate is the precision-weighted mean of the pixel and MU, and the likeliest noise level
-of an image is that of its mean square: sigma^2 = mean((x - MU)^2) - S^2.
+(S^2 + sigma^2). Its one-step estimate is the precision-weighted mean of the pixel and MU.
 """
 
+import dataclasses
 import io
 import itertools
 import math
 import os
 import re
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
+from torch import nn
 
-import checkpoint
 import config
 import data
 import denoise
 import diffusion
-import leaves
-import train
 import unet
+from support import checkpoint, device, picture_files, pictures, pixels, script, sheets, tiles
 
 T, MU, S = 10, 0.2, 0.5
+CFG = config.defaults(unet.SETTINGS | data.SETTINGS, widths=(4, 4, 8), t_dim=8)
 
 
 def optimal_eps(x, t):
     sigma = diffusion.noise_level(t, T)
     return sigma * (x - MU) / (S**2 + sigma**2)
+
+
+def network(model, margin=0):
+    return denoise.Network(model, CFG, Path("x.pth"), torch.device("cpu"), torch.float32, margin)
 
 
 def noise(*shape, dtype=np.uint8, seed=0):
@@ -40,7 +47,7 @@ def noise(*shape, dtype=np.uint8, seed=0):
 
 @pytest.fixture(scope="module")
 def small_unet():
-    """An untrained network whose output depends strongly on everything in its reach."""
+    """An untrained network whose output depends strongly on everything in its receptive field."""
     torch.manual_seed(0)
     model = unet.UNet(widths=(4, 4, 4), t_dim=4).eval()
     with torch.no_grad():
@@ -49,216 +56,438 @@ def small_unet():
     return model
 
 
-# ---- pixels -----------------------------------------------------------------------------------------------------
+# ---- tiles -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_the_receptive_field_of_the_unet(blocks):
+    # Two 3x3 convolutions a block, at scales of 1, 2, 4, 2 and 1 pixels, and up to 3 pixels within a cell of 4.
+    model = unet.UNet(widths=(4, 8, 4), t_dim=4, blocks=blocks)
+    assert tiles.receptive_field(model) == 2 * blocks * (1 + 2 + 4 + 2 + 1) + 3
+
+
+class Wrapped(nn.Module):
+    """Layers of x alone as a model(x, t)."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x, t):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(
+    "layers, reach",
+    [
+        ([nn.Identity()], 0),
+        ([nn.Conv2d(3, 3, 5, padding=2)], 2),
+        ([nn.Conv2d(3, 3, (1, 7), padding=(0, 3))], 3),
+        ([nn.Conv2d(3, 3, 3, padding=2, dilation=2), nn.ReLU(), nn.BatchNorm2d(3)], 2),
+        ([nn.Conv2d(3, 3, 3, padding=1), nn.GroupNorm(1, 3)], math.inf),  # the mean is that of the whole image
+        ([nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)], math.inf),
+    ],
+)
+def test_the_receptive_field_of_other_networks(layers, reach):
+    assert tiles.receptive_field(Wrapped(*layers)) == reach
+
+
+def test_looking_for_the_receptive_field_changes_nothing():
+    model = unet.PlainUNet(widths=(4, 4, 4)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert tiles.receptive_field(model) == math.inf and model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_parts_are_the_fewest_that_fit():
+    random = np.random.default_rng(0)
+    for length, size, margin in random.integers((1, 5, 0), (3000, 60, 6), (300, 3)).tolist():
+        size, margin = 4 * size, 4 * margin
+        parts = tiles.spans(length, size, margin)
+        size = max(size, 4 * margin)
+        assert [0, *(end for _, end in parts)] == [*(start for start, _ in parts), length]
+        assert all(start % 4 == 0 < end - start for start, end in parts)
+        assert all(min(end + margin, length) - max(start - margin, 0) <= size for start, end in parts)
+        most = len(parts) - 1  # so many parts would not do: the outer two can be size - margin long
+        assert most == 0 or length > most * (size - 2 * margin) + 2 * margin or (most == 1 and length > size)
+    assert tiles.spans(5000, 64, math.inf) == [(0, 5000)]
 
 
 @pytest.mark.parametrize("channels, steps", [(3, 1), (3, 2), (1, 2)])
 def test_tiles_make_no_difference(channels, steps, small_unet, monkeypatch):
-    pixels = noise(channels, 134, 102, dtype=np.uint16)
+    noisy = torch.from_numpy(noise(channels, 134, 158, dtype=np.uint16))
 
-    def run(tile, block, reach=denoise.REACH):
-        for name, value in (("TILE", tile), ("BLOCK", block), ("REACH", reach)):
-            monkeypatch.setattr(denoise, name, value)
-        with torch.inference_mode():
-            return denoise.denoise(small_unet, pixels, T, sigma=0.3, steps=steps)[0].astype(float)
+    def run(tile, margin=24):
+        monkeypatch.setattr(denoise, "TILE", {torch.float32: tile})
+        return denoise.run(network(small_unet, margin), noisy, 0.3, steps=steps).clean.float()
 
-    whole = run(1000, 1000)
-    assert np.abs(run(24, 64) - whole).max() <= 1e-3 * 65535 / 2
-    assert np.abs(run(24, 64, reach=12) - whole).max() > 1e-3 * 65535 / 2  # tiles too narrow would be seen
+    whole = run(1000)
+    assert (run(96) - whole).abs().max() <= 1e-3 * 65535 / 2
+    assert (run(96, margin=12) - whole).abs().max() > 1e-3 * 65535 / 2  # margins too narrow would be seen
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 50), (1, 50, 1), (3, 33, 35), (1, 33, 35)])
-def test_any_size_and_depth(shape, dtype):
-    pixels, top = noise(*shape, dtype=dtype), np.iinfo(dtype).max
-    clean, sigma = denoise.denoise(optimal_eps, pixels, T, sigma=0.4)
-    # Grey: the noise is sqrt(3) times as strong along (1, 1, 1) / sqrt(3), where the model knows a spread of S too.
-    variance = 0.4**2 * (3 if shape[0] == 1 else 1)
-    x = pixels / top * 2 - 1
-    expected = (S**2 * x + variance * MU) / (S**2 + variance)
-    assert (clean.shape, clean.dtype, sigma) == (shape, dtype, 0.4)
-    np.testing.assert_allclose(clean, (expected + 1) / 2 * top, atol=0.51 if dtype == np.uint8 else 1)
+def test_a_network_that_cannot_be_tiled_sees_the_whole(monkeypatch):
+    model, seen = unet.PlainUNet(widths=(4, 4, 4)).eval(), []
+    plain = network(model, tiles.margin_of(tiles.receptive_field(model)))
+    model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+    monkeypatch.setattr(denoise, "TILE", {torch.float32: 16})
+    noisy = torch.from_numpy(noise(3, 50, 64))
+    denoise.run(plain, noisy, 0.3, steps=2)
+    assert seen == [(52, 64)] * 2
+    monkeypatch.setattr(denoise, "WHOLE", 50 * 64 - 1)
+    with pytest.raises(config.UserError, match=r"x.pth must see a picture as a whole, of at most 3,199 pixels"):
+        denoise.run(plain, noisy, 0.3)
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 50), (1, 33, 35)])
-def test_the_network_takes_any_size(shape, small_unet):
-    with torch.inference_mode():
-        clean, sigma = denoise.denoise(small_unet, noise(*shape), T)
-    assert clean.shape == shape and 0 < sigma < 1
-
-
-def test_the_network_sees_a_bounded_part():
+@pytest.mark.parametrize("shape, most", [((1000, 1500), 1.3), ((1, 10_000), 4.6), ((10_000, 3), 1.6)])
+def test_the_network_sees_bounded_tiles_and_little_twice(shape, most, monkeypatch):
+    monkeypatch.setattr(denoise, "TILE", {torch.float32: 400})
     seen = []
 
     def model(x, t):
         seen.append(x.shape)
         return torch.zeros_like(x)
 
-    pixels = noise(3, 1000, 1500)
-    clean, _ = denoise.denoise(model, pixels, T, sigma=0.2, steps=2)
-    np.testing.assert_array_equal(clean, pixels)  # each pixel comes back in its place
-    assert max(shape.numel() for shape in seen) <= 3 * 256**2
-    x = [denoise.spread_crops(pixels[:, :h, :w]) for h, w in ((1000, 1500), (32, 1500), (40, 50))]
-    assert [sum(crop[0].size for crop in crops) for crops in x] == [16 * 32 * 32, 16 * 32 * 32, 40 * 50]
+    noisy = torch.from_numpy(noise(3, *shape))
+    assert torch.equal(denoise.run(network(model, 24), noisy, 0.2).clean, noisy)  # each pixel comes back in its place
+    assert max(max(s[2:]) for s in seen) <= 400
+    assert sum(s[2] * s[3] for s in seen) <= most * math.prod(shape)
 
 
-# ---- the noise level --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 3), (7, 4), (9, 33)])
+def test_padding_reflects(shape):
+    x = torch.from_numpy(noise(2, 3, *shape))
+    expected = np.pad(x.numpy(), [(0, 0), (0, 0), *((0, -n % 4) for n in shape)], "reflect")
+    np.testing.assert_array_equal(tiles.pad(x), expected)
 
 
-def test_the_likeliest_noise_level():
-    t = torch.tensor([0.1, 0.5, 1, 1.7, 3, 5, 7.3, 9.9])
-    x_t = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    x_t *= ((S**2 + (t / T) ** 2) / x_t.square().mean(dim=(1, 2, 3))).sqrt()[:, None, None, None]
-    x_t += MU  # with exactly the mean square that the noise level makes likeliest
-    sigma = diffusion.estimate_sigma(optimal_eps, x_t, T, iterations=14)
-    torch.testing.assert_close(sigma, t / T, rtol=0, atol=2**-14)
-    # Iterations halve the error; the ends of the scale stand for what lies beyond.
-    coarse = diffusion.estimate_sigma(optimal_eps, x_t, T, iterations=5)
-    assert 2**-8 < (coarse - t / T).abs().max() <= 2**-6
-    beyond = torch.stack([torch.full((3, 8, 8), MU), torch.full((3, 8, 8), 5.0)])
-    assert diffusion.estimate_sigma(optimal_eps, beyond, T).tolist() == [2**-10, 1 - 2**-10]
+# ---- pixels ------------------------------------------------------------------------------------------------------
 
 
-def test_the_noise_level_of_a_large_picture_is_the_median_of_its_crops():
-    random = np.random.default_rng(0)
-    levels = np.linspace(0.1, 0.6, 16)  # of 4x4 fields, one of which each crop lies in
-    sigma = np.kron(random.permutation(levels).reshape(4, 4), np.ones((50, 50)))
-    x = MU + np.sqrt(S**2 + sigma**2) * random.choice([-1, 1], (3, 200, 200))  # the mean square that is likeliest
-    pixels = ((x + 1) / 2 * 65535).round().astype(np.uint16)
-    assert denoise.denoise(optimal_eps, pixels, T)[1] == pytest.approx(np.median(levels), abs=0.002)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 50), (1, 50, 1), (3, 33, 35), (1, 33, 35)])
+def test_any_size_and_depth(shape, dtype):
+    top = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    noisy = np.random.default_rng(0).standard_normal(shape, dtype) if top == 1 else noise(*shape, dtype=dtype)
+    result = denoise.run(network(optimal_eps), torch.from_numpy(noisy), sigma=0.2, strength=2)
+    # Grey: the noise is sqrt(3) times as strong along (1, 1, 1) / sqrt(3), where the model knows a spread of S too.
+    grey = shape[0] == 1 or (noisy == noisy[0]).all()
+    variance = 0.4**2 * (3 if grey else 1)
+    x = noisy if top == 1 else noisy / top * 2 - 1
+    expected = (S**2 * x + variance * MU) / (S**2 + variance)
+    assert (tuple(result.clean.shape), result.level.sigma) == (shape, 0.2)
+    expected, off = (expected, 1e-5) if top == 1 else ((expected + 1) / 2 * top, 0.51 if top == 255 else 1)
+    np.testing.assert_allclose(result.clean.numpy(), expected, atol=off)
 
 
-def test_the_noise_level_of_a_grey_picture():
-    random = np.random.default_rng(0)
-    # On the grey axis the optimal model knows the mean MU and the spread S of a coordinate, sqrt(3) times the grey.
-    x = MU + S / math.sqrt(3) * random.standard_normal((1, 64, 64)) + 0.3 * random.standard_normal((1, 64, 64))
-    pixels = ((x + 1) / 2 * 65535).clip(0, 65535).astype(np.uint16)
-    seen = pixels / 65535 * 2 - 1
-    _, sigma = denoise.denoise(optimal_eps, pixels, T)
-    assert sigma == pytest.approx(math.sqrt(np.square(seen - MU).mean() - S**2 / 3), abs=0.002)
-    assert sigma == pytest.approx(0.3, rel=0.1)
+def test_grey_stored_as_colours_is_grey(small_unet):
+    grey = torch.from_numpy(noise(1, 20, 24))
+    clean = denoise.run(network(small_unet, 24), grey, 0.2).clean
+    colour = denoise.run(network(small_unet, 24), grey.expand(3, -1, -1), 0.2).clean
+    assert torch.equal(colour, clean.expand(3, -1, -1))
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("value", [0, 128, 255])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 40, 40), (3, 200, 170)])
+def test_constant_pictures(shape, value, small_unet):
+    flat = torch.full(shape, value, dtype=torch.uint8)
+    for model in (optimal_eps, small_unet):
+        result = denoise.run(network(model, 24), flat)
+        assert result.clean.shape == shape and math.isfinite(result.level.sigma)
+
+
+def test_the_change_in_grey_levels():
+    before, after = noise(3, 200, 150), noise(3, 200, 150, seed=1)
+    rms = np.sqrt(np.square(before.astype(float) - after).mean())
+    assert pixels.rms_change(torch.from_numpy(before), torch.from_numpy(after)) == pytest.approx(rms, rel=1e-5)
+    half = [torch.from_numpy(x).float() / 127.5 - 1 for x in (before, after)]
+    assert pixels.rms_change(*half) == pytest.approx(rms, rel=1e-5)
+
+
+# ---- from Python -------------------------------------------------------------------------------------------------
+
+
+def make_weights(folder, name="unet", **settings):
+    """A checkpoint of an untrained network; like those that are shipped, without an optimizer."""
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(CFG, model=name)
+    saved = {key: value for key, value in dataclasses.asdict(cfg).items() if key != "given"} | settings
+    weights = {key: 2 * value for key, value in unet.build(**unet.describe(cfg)).state_dict().items()}  # see small_unet
+    state = {"model": weights, "network": unet.describe(cfg), "config": saved}
+    checkpoint.save(folder / f"{name}.pth", state)
+    return folder / f"{name}.pth"
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Checkpoints of untrained networks, {"unet": path, "plain": path}; like shipped ones, without an optimizer."""
     folder = tmp_path_factory.mktemp("weights")
-    settings = {"t_dim": 8, "noise_steps": 10, "dataset": "folder", "data_dir": "data"}
-    torch.manual_seed(0)
-    for name in ("unet", "plain"):
-        state = {"model": unet.build(name, 8).state_dict(), "config": settings | {"model": name}}
-        checkpoint.save(folder / f"{name}.pth", state)
-    return {name: folder / f"{name}.pth" for name in ("unet", "plain")}
+    return {name: make_weights(folder, name) for name in ("unet", "plain")}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(device, "pick", lambda name, *_: torch.device("cpu"))
+    monkeypatch.setattr(device, "pick_precision", lambda *_: torch.float32)
+    denoise.load_once.cache_clear()
+
+
+COLOUR, GREY, DEEP = noise(33, 35, 3), noise(33, 35, seed=1), noise(33, 35, dtype=np.uint16)
+
+
+def test_what_goes_in_comes_out(weights):
+    """Every type holds the same picture, so the same must come out of it."""
+    rgba = Image.fromarray(np.dstack([COLOUR, GREY]))
+    rgba.info["dpi"] = (72, 72)
+    x = torch.from_numpy(COLOUR).permute(2, 0, 1) / 127.5 - 1
+    same = {
+        "Pillow": (Image.fromarray(COLOUR), np.asarray),
+        "alpha": (rgba, lambda image: np.asarray(image.convert("RGB"))),
+        "uint8": (COLOUR, lambda array: array),
+        "uint16": (COLOUR.astype(np.uint16) * 257, lambda array: array / 257),
+        "big-endian": ((COLOUR * 257.0).astype(">u2"), lambda array: array / 257),
+        "mirrored": (COLOUR[:, ::-1][:, ::-1], lambda array: array),
+        "float64": (COLOUR / 255, lambda array: 255 * array),
+        "float16": ((COLOUR / 255).astype(np.float16), lambda array: 255 * array.astype(float)),
+        "tensor": (x, lambda x: 127.5 * (x.permute(1, 2, 0).numpy() + 1)),
+        "batch": (x[None].repeat(2, 1, 1, 1).requires_grad_(), lambda x: 127.5 * (x[1].permute(1, 2, 0).numpy() + 1)),
+    }
+    expected = denoise.run(denoise.load(weights["unet"]), x, 30 / 127.5).clean.permute(1, 2, 0).numpy()
+    expected = 127.5 * (expected + 1)
+    assert np.abs(expected - COLOUR).mean() > 1
+    for name, (image, values) in same.items():
+        before = np.array(image) if not isinstance(image, torch.Tensor) else image.detach().clone()
+        clean = denoise.denoise(image, sigma=20, strength=1.5, weights=weights["unet"])
+        assert type(clean) is type(image), name
+        if isinstance(image, Image.Image):
+            assert (clean.mode, clean.size, clean.info) == (image.mode, image.size, image.info), name
+        else:
+            assert (
+                clean.shape == image.shape and clean.dtype == np.dtype(image.dtype).newbyteorder("=")
+                if (isinstance(image, np.ndarray))
+                else clean.dtype == image.dtype
+            ), name
+        atol = 1 if "float" not in name and name not in ("tensor", "batch") else 0.3
+        np.testing.assert_allclose(values(clean).clip(0, 255), expected.clip(0, 255), atol=atol, err_msg=name)
+        assert np.array_equal(before, np.array(image) if not isinstance(image, torch.Tensor) else image.detach()), name
+    np.testing.assert_array_equal(denoise.denoise(rgba, 20, weights=weights["unet"]).getchannel("A"), GREY)
+
+
+@pytest.mark.parametrize("image", [GREY, GREY[..., None], DEEP, Image.fromarray(GREY), Image.fromarray(DEEP)])
+def test_grey_stays_grey(image, weights):
+    clean = denoise.denoise(image, 40, weights=weights["unet"])
+    assert np.asarray(clean).shape == np.asarray(image).shape and np.asarray(clean).dtype == np.asarray(image).dtype
+    assert not np.array_equal(clean, image)
+
+
+def test_python_is_left_as_it_was(weights):
+    x = torch.zeros(3, 8, 8, requires_grad=True)
+    before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    clean = denoise.denoise(x, weights=weights["unet"])
+    assert before == (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    assert not clean.requires_grad
+    (x * clean).sum().backward()  # which an inference tensor would not take part in
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((4, 4, 2), np.uint8), r"1 or 3 channels is needed, not an array of the shape \(4, 4, 2\)"),
+        (np.zeros((3, 4, 4), np.uint8), r"not an array of the shape \(3, 4, 4\)"),
+        (np.zeros(4, np.uint8), "1 or 3 channels"),
+        (np.zeros((0, 4), np.uint8), "1 or 3 channels"),
+        (np.zeros((4, 4), np.int64), "uint8, uint16 or floating, not int64"),
+        (np.full((4, 4), 255.0), r"floats must be in \[0, 1\]"),
+        (np.full((4, 4), np.nan), "without NaN"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), "a floating tensor is needed, not torch.uint8"),
+        (torch.full((3, 4, 4), 200.0), r"a tensor in \[-1, 1\]"),
+        (torch.zeros(4, 4), "1 or 3 channels"),
+        (Image.new("CMYK", (4, 4)), "mode CMYK must be converted"),
+        (Image.new("F", (4, 4)), "mode F must be converted"),
+        ("noisy.png", "needed, not str"),
+    ],
+)
+def test_images_that_are_refused(image, message, weights):
+    with pytest.raises(ValueError, match=message):
+        denoise.denoise(image, weights=weights["unet"])
+
+
+@pytest.mark.parametrize("settings", [dict(sigma=0), dict(sigma=-1), dict(strength=0), dict(sigma=math.nan)])
+def test_settings_that_are_refused(settings, weights):
+    with pytest.raises(ValueError, match="must be greater than 0"):
+        denoise.denoise(GREY, weights=weights["unet"], **settings)
+
+
+def test_weights_are_read_once_and_those_for_photographs_first(tmp_path, monkeypatch):
+    shipped, photo, read = tmp_path / "shipped", tmp_path / "photo", []
+    for folder in (shipped, photo):
+        folder.mkdir()
+        monkeypatch.setattr(checkpoint, folder.name.upper(), folder / "unet.pth")
+    load_model = checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, where: read.append(path) or load_model(path, where))
+    with pytest.raises(checkpoint.CheckpointError):
+        denoise.denoise(GREY, 20)
+    read.clear()
+    make_weights(shipped)
+    for _ in range(2):
+        denoise.denoise(GREY, 20)
+    assert read == [checkpoint.SHIPPED]
+    make_weights(photo)
+    for _ in range(2):
+        denoise.denoise(GREY, 20)
+    os.utime(make_weights(photo), (1, 1))
+    denoise.denoise(GREY, 20)
+    assert read == [checkpoint.SHIPPED, checkpoint.PHOTO, checkpoint.PHOTO]
+    denoise.denoise(GREY, 20, weights=checkpoint.SHIPPED)
+    assert read[3:] == [checkpoint.SHIPPED]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(weights, tmp_path, monkeypatch):
     """run("in.png", "-o", "out.png"): what `python denoise.py` does, in an empty folder; returns the exit code."""
     monkeypatch.chdir(tmp_path)
+    pictures.said.clear()
 
     def run(*args, model="unet"):
-        own = ("--weights", weights[model], "--device", "cpu", "--precision", "float32")
+        own = () if "--weights" in args else ("--weights", weights[model])
         monkeypatch.setattr(sys, "argv", ["denoise.py", *map(str, (*args, *own))])
         try:
-            config.run(denoise.main, data.DataError, checkpoint.CheckpointError)
+            script.run(denoise.main)
         except SystemExit as end:
-            print(end.code, file=sys.stderr)
-            return 1
+            return end.code
+        finally:
+            sys.stdout, sys.stderr = (getattr(stream, "stream", stream) for stream in (sys.stdout, sys.stderr))
         return 0
 
     return run
 
 
-def test_what_is_written_is_what_the_network_makes_of_it(run, weights, tmp_path):
-    model, _ = checkpoint.load_model(weights["unet"], "cpu")
-    for name, pixels in {"colour": noise(40, 33, 3), "deep": noise(40, 33, dtype=np.uint16)}.items():
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-        found = [pixels.astype(float)]
-        for steps in (1, 2):
-            assert run(f"{name}.png", "-o", f"{name}{steps}.png", "--sigma", 60, "--steps", steps) == 0
-            with torch.inference_mode():
-                planes = np.atleast_3d(pixels).transpose(2, 0, 1)
-                expected, _ = denoise.denoise(model, planes, T, 60 / 127.5, steps)
-            found.append(np.asarray(Image.open(tmp_path / f"{name}{steps}.png")).astype(float))
-            np.testing.assert_allclose(np.atleast_3d(found[-1]).transpose(2, 0, 1), expected, atol=1)
+def write(name, array, **options):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(name, **options)
+
+
+def test_what_is_written_is_what_the_network_makes_of_it(run, weights):
+    model = denoise.load(weights["unet"])
+    for name, array in {"colour": noise(40, 33, 3), "deep": noise(40, 33, dtype=np.uint16)}.items():
+        write(f"{name}.png", array)
+        found = [array.astype(float)]
+        for settings in (dict(steps=1), dict(steps=2), dict(strength=0.5)):
+            target = f"{name}{len(found)}.png"
+            flags = itertools.chain(*((f"--{key}", value) for key, value in settings.items()))
+            assert run(f"{name}.png", "-o", target, "--sigma", 60, *flags) == 0
+            planes = torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
+            expected = denoise.run(model, planes, 60 / 127.5, **settings).clean.permute(1, 2, 0)
+            found.append(np.asarray(Image.open(target)).astype(float))
+            np.testing.assert_array_equal(np.atleast_3d(found[-1]), expected)
         assert all(np.abs(a - b).mean() > 0.5 for a, b in itertools.combinations(found, 2))
 
 
-def test_every_kind_of_picture_stays_what_it_is(run, tmp_path):
-    colour, grey = Image.fromarray(noise(33, 35, 3)), Image.fromarray(noise(33, 35, seed=1))
-    alpha = Image.fromarray(noise(33, 35, seed=2))
-    deep = Image.fromarray(noise(33, 35, dtype=np.uint16))
-    pictures = {"colour.png": colour, "grey.png": grey, "deep.png": deep, "deep.tif": deep, "deep.jpg": None}
-    pictures |= {"palette.png": colour.quantize(64), "bits.png": grey.convert("1"), "equal.bmp": grey.convert("RGB")}
+def test_every_kind_of_picture_stays_what_it_is(run):
+    colour, grey, alpha, deep = map(Image.fromarray, (COLOUR, GREY, noise(33, 35, seed=2), DEEP))
+    all_kinds = {"colour.png": colour, "grey.png": grey, "deep.png": deep, "deep.tif": deep, "equal.bmp": None}
+    all_kinds |= {"palette.png": colour.quantize(64), "bits.png": grey.convert("1"), "equal.bmp": grey.convert("RGB")}
     for name, picture in {"transparent.png": colour, "transparent_grey.png": grey}.items():
-        pictures[name] = picture.copy()
-        pictures[name].putalpha(alpha)
-    pictures["clear.png"] = colour.quantize(8)
-    (tmp_path / "in").mkdir()
-    for name, picture in pictures.items():
-        if picture:
-            picture.save(tmp_path / "in" / name, **({"transparency": 0} if name == "clear.png" else {}))
+        all_kinds[name] = picture.copy()
+        all_kinds[name].putalpha(alpha)
+    all_kinds["clear.png"] = colour.quantize(8)
+    for name, picture in all_kinds.items():
+        write(f"in/{name}", picture, **({"transparency": 0} if name == "clear.png" else {}))
     assert run("in", "-o", "out", "--sigma", 25) == 0
     assert run("in/deep.png", "-o", "out/deep.jpg", "--sigma", 25) == 0
-    out = {name: Image.open(tmp_path / "out" / name) for name in pictures}
+    out = {path.name: Image.open(path) for path in Path("out").iterdir()}
     modes = {"deep.png": "I;16", "deep.tif": "I;16", "deep.jpg": "L", "palette.png": "RGB", "bits.png": "L"}
     modes |= {"transparent.png": "RGBA", "transparent_grey.png": "LA", "clear.png": "RGBA", "equal.bmp": "RGB"}
     assert {n: p.mode for n, p in out.items()} == {"colour.png": "RGB", "grey.png": "L"} | modes
     assert all(picture.size == (35, 33) for picture in out.values())
     for name in ("transparent.png", "transparent_grey.png"):
         np.testing.assert_array_equal(out[name].getchannel("A"), alpha)
-    np.testing.assert_array_equal(out["clear.png"].getchannel("A"), 255 * (np.asarray(pictures["clear.png"]) > 0))
+    np.testing.assert_array_equal(out["clear.png"].getchannel("A"), 255 * (np.asarray(all_kinds["clear.png"]) > 0))
     assert len(np.unique(out["deep.png"])) > 1000  # more than 8 bits
     np.testing.assert_array_equal(out["equal.bmp"], np.asarray(out["grey.png"])[..., None].repeat(3, 2))
     # The network has no use for alpha: the colours are those without it.
     np.testing.assert_array_equal(out["transparent.png"].convert("RGB"), out["colour.png"])
 
 
-@pytest.mark.parametrize("ending", sorted(data.IMAGE_FILES))
-def test_every_ending_can_be_written(ending):
-    for mode in ("L", "RGB"):
-        file = io.BytesIO()
-        denoise.encode(file, Image.new(mode, (9, 7), "white"), denoise.Path(f"x{ending}"), {})
-        assert np.asarray(Image.open(file).convert("L")).min() >= 254
+@pytest.mark.parametrize("ending", sorted(pictures.IMAGE_FILES))
+def test_every_ending_can_be_written(ending, tmp_path):
+    for mode, size in itertools.product(("L", "RGB"), ((9, 7), (1, 1), (3000, 1), (1, 300))):
+        path = tmp_path / f"x{ending}"
+        image = Image.new(mode, size, "white")
+        options, lost = picture_files.options_for(image, path)
+        picture_files.write(image, path, options, overwrite=True)
+        assert lost == [] and np.asarray(Image.open(path).convert("L")).min() >= 254
 
 
-def test_upright_with_profile_and_without_doubled_orientation(run, tmp_path):
-    pixels = noise(20, 40, 3)
-    exif = Image.Exif()
+def test_upright_with_profile_and_without_doubled_orientation(run):
+    array, exif = noise(20, 40, 3), Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"  # to be turned by 90 degrees clockwise
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif, icc_profile=profile)
-    Image.fromarray(np.rot90(pixels, -1)).save(tmp_path / "upright.png")
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png", icc_profile=profile)  # a profile for colours
+    write("turned.png", array, exif=exif, icc_profile=profile)
+    write("upright.png", np.rot90(array, -1))
+    write("grey.png", array[..., 0], icc_profile=profile)  # a profile for colours
     assert run("turned.png", "upright.png", "grey.png", "-o", "out", "--sigma", 25) == 0
-    turned, upright = (Image.open(tmp_path / "out" / name) for name in ("turned.png", "upright.png"))
+    turned, upright = (Image.open(f"out/{name}.png") for name in ("turned", "upright"))
     np.testing.assert_array_equal(turned, upright)
     assert turned.size == (20, 40)
     assert dict(turned.getexif()) == {0x010F: "maker"}
     assert turned.info["icc_profile"] == profile
-    assert "icc_profile" not in Image.open(tmp_path / "out" / "grey.png").info
+    assert "icc_profile" not in Image.open("out/grey.png").info
 
 
-def test_a_folder_with_bad_pictures(run, tmp_path, capsys):
-    (tmp_path / "in" / "sub").mkdir(parents=True)
+def test_what_a_format_cannot_hold_is_dropped_with_a_line(run, capsys):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("icc_profile", "no profile at all")
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 70_000  # a description longer than JPEG has room for
+    write("in/a.png", noise(8, 8, 3), pnginfo=text)
+    write("in/b.png", noise(8, 8, 3), icc_profile=b"broken" * 30)
+    write("long.png", noise(8, 8, 3), exif=exif)
+    assert run("in", "-o", "out", "--sigma", 25) == 0
+    assert run("long.png", "-o", "long.jpg", "--sigma", 25) == 0
+    assert "WARNING: long.png: its EXIF data cannot be stored there" in capsys.readouterr().err
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "b.png"]
+    assert all("icc_profile" not in Image.open(f"out/{name}.png").info for name in "ab")
+
+
+def test_a_folder_with_bad_pictures(run, capsys):
     for name in ("a.png", "sub/b.png", "sub/huge.png"):
-        Image.fromarray(noise(*((200, 200, 3) if "huge" in name else (8, 8, 3)))).save(tmp_path / "in" / name)
-    (tmp_path / "in" / "sub" / "bad.png").write_bytes((tmp_path / "in" / "a.png").read_bytes()[:90])
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
+        write(f"in/{name}", noise(*((200, 200, 3) if "huge" in name else (8, 8, 3))))
+    Path("in/sub/bad.png").write_bytes(Path("in/a.png").read_bytes()[:90])
+    Path("in/notes.txt").write_text("no picture")
     assert run("in", "-o", "out/here", "--max-pixels", 9999, "--compare") == 1
-    written = sorted(str(path.relative_to(tmp_path / "out" / "here")) for path in (tmp_path / "out").rglob("*.*"))
+    written = sorted(str(path.relative_to("out/here")) for path in Path("out").rglob("*.*"))
     assert written == ["a.png", "a_compare.png", "sub/b.png", "sub/b_compare.png"]
     out, err = capsys.readouterr()
-    assert len(re.findall(r"in/\S+ -> out/here/\S+  sigma [\d.]+ \(estimated\)", out)) == 2
-    assert re.search(r"left out: in/sub/bad.png cannot be read", err) and "sub/huge.png" in err
+    found = re.findall(r"in/\S+ -> out/here/\S+  sigma [\d.]+ \(estimated; [\d.]+ to [\d.]+\)\n", out)
+    assert len(found) == 2
+    assert re.search(r"left out: .*in/sub/bad.png cannot be read", err) and "sub/huge.png" in err
     assert err.splitlines()[-1] == "error: 2 of 4 pictures were left out, see above; the others are written"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), MemoryError(), KeyError("x"), OSError(28, "disk full")])
+def test_nothing_that_one_picture_does_ends_the_others(error, run, monkeypatch, capsys):
+    for name in "abc":
+        write(f"in/{name}.png", noise(8, 8 + 4 * (name == "b"), 3))
+    real = denoise.run
+
+    def failing(network, noisy, *args):
+        if noisy.shape[2] == 12:
+            raise error
+        return real(network, noisy, *args)
+
+    monkeypatch.setattr(denoise, "run", failing)
+    assert run("in", "-o", "out", "--sigma", 25) == 1
+    assert sorted(os.listdir("out")) == ["a.png", "c.png"]
+    assert re.search(r"left out: in/b.png: \S", capsys.readouterr().err)
 
 
 REFUSED = {
     "none.png -o x.png": "none.png does not exist",
+    "phone.heic -o x.png": "phone.heic is a HEIC file, which is not read; convert it",
+    "phone.heic a.png -o x/": "phone.heic is a HEIC file",
     "a.png -o x": "x has no ending of a picture",
     "a.png -o x.txt": "x.txt has no ending of a picture",
     "a.png -o a.png --overwrite": "a.png is an input, which is never overwritten",
@@ -267,6 +496,8 @@ REFUSED = {
     "a.png -o .": "a.png is an input, which is never overwritten",
     "a.png -o b.png": "b.png exists; choose another output, or add --overwrite",
     "a.png -o c.png --compare": "c_compare.png exists",
+    "a.png -o c.png --sheet": "c_sheet.png exists",
+    "a.png a_sheet.png -o x --sheet": "a.png and a_sheet.png would both be written to x/a_sheet.png",
     "a.png -o folder.png/": "folder.png/a.png exists",
     "in a.png -o x/": "in/a.png and a.png would both be written to x/a.png",
     "a.png b.png -o b.png": "b.png is a file; several pictures need a folder",
@@ -275,38 +506,76 @@ REFUSED = {
     "empty -o x": "no pictures .* in empty",
     "a.png a.png -o x": "a.png and a.png would both be written to x/a.png",
     "alpha.png -o x.jpg": "x.jpg cannot be written .*choose another ending",
+    "wide.png -o x.gif": "x.gif cannot be written",
+    "wide.png -o x.tga": "x.tga cannot be written",
+    "wide.png -o x.jpg": "x.jpg cannot be written",
+    "wide.png -o x.webp": "x.webp cannot be written",
     "a.png -o a.png/x.png": "a.png",
+    f"a.png -o {'x' * 252}.png": "x.png has a name of more than 255 bytes",
+    f"a.png -o {'ü' * 123}.png --compare": "ü_compare.png has a name of more than 255 bytes",
+    "a.png -o x.png --weights none.pth": "none.pth does not exist",
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_is_refused_before_the_network_runs(line, run, tmp_path, monkeypatch, capsys):
-    for folder in ("in", "folder.png", "empty"):
-        (tmp_path / folder).mkdir()
-    for name in ("a.png", "b.png", "in/a.png", "folder.png/a.png", "c_compare.png"):
-        Image.fromarray(noise(8, 8, 3)).save(tmp_path / name)
-    Image.fromarray(noise(8, 8, 4)).save(tmp_path / "alpha.png")
-    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
-    os.link(tmp_path / "a.png", tmp_path / "hard.png")
+    for name in ("a.png", "b.png", "in/a.png", "folder.png/a.png", "c_compare.png", "c_sheet.png", "a_sheet.png"):
+        write(name, noise(8, 8, 3))
+    Path("empty").mkdir()
+    Path("phone.heic").write_bytes(b"ftypheic")
+    write("alpha.png", noise(8, 8, 4))
+    write("wide.png", np.zeros((1, 65_536, 3), np.uint8))
+    Path("link.png").symlink_to("a.png")
+    os.link("a.png", "hard.png")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr(unet.UNet, "forward", None)  # which would be an error of another kind
+    monkeypatch.setattr(tiles, "receptive_field", lambda model: 23)
     assert run(*line.split()) == 1
     assert re.match(f"error: .*({REFUSED[line]})", capsys.readouterr().err.splitlines()[-1])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_overwrite_replaces_an_output(run, tmp_path):
-    pixels = noise(8, 8, 3)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_text("what was there")
-    original = (tmp_path / "a.png").read_bytes()
+@pytest.mark.parametrize("length", [240, 255])
+def test_long_names_are_valid(length, run):
+    write("a.png", noise(8, 8, 3))
+    name = "ü" * ((length - 4) // 2) + "x" * ((length - 4) % 2) + ".png"
+    assert len(name.encode()) == length
+    assert run("a.png", "-o", name, "--sigma", 25) == 0
+    assert Image.open(name).size == (8, 8)
+
+
+def test_overwrite_replaces_an_output(run):
+    write("a.png", noise(8, 8, 3))
+    Path("b.png").write_text("what was there")
+    original = Path("a.png").read_bytes()
     assert run("a.png", "-o", "b.png", "--overwrite", "--sigma", 9, "--steps", 2) == 0
-    assert Image.open(tmp_path / "b.png").size == (8, 8)
-    assert (tmp_path / "a.png").read_bytes() == original
+    assert Image.open("b.png").size == (8, 8)
+    assert Path("a.png").read_bytes() == original
 
 
-def test_an_interrupted_write_leaves_nothing(run, tmp_path, monkeypatch):
-    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "a.png")
+@pytest.mark.parametrize("extra", ["", "_compare", "_sheet"])
+def test_an_output_that_appears_meanwhile_is_not_overwritten(extra, run, monkeypatch, capsys):
+    """Another run wrote it, after this one had looked."""
+    for name in "ab":
+        write(f"in/{name}.png", noise(8, 8, 3))
+    flags = [f"--{extra[1:]}"] if extra else []
+    real, theirs = denoise.run, Path(f"out/b{extra}.png")
+
+    def slow(*args):
+        theirs.write_text("another run's")
+        return real(*args)
+
+    monkeypatch.setattr(denoise, "run", slow)
+    assert run("in", "-o", "out", "--sigma", 25, *flags) == 1
+    assert theirs.read_text() == "another run's"
+    assert Image.open("out/a.png").size == (8, 8)
+    assert f"left out: in/b.png: {theirs} exists; choose another output" in capsys.readouterr().err
+    assert run("in", "-o", "out", "--sigma", 25, "--overwrite", *flags) == 0
+    assert Image.open(theirs).width >= 8
+
+
+def test_an_interrupted_write_leaves_nothing(run, monkeypatch):
+    write("a.png", noise(8, 8, 3))
     save = Image.Image.save
 
     def interrupted(image, file, *args, **options):
@@ -315,74 +584,123 @@ def test_an_interrupted_write_leaves_nothing(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", interrupted)
-    assert run("a.png", "-o", "out/b.png", "--sigma", 9) == 1
-    assert list((tmp_path / "out").iterdir()) == []
+    assert run("a.png", "-o", "out/b.png", "--sigma", 9) == 130
+    assert list(Path("out").iterdir()) == []
+
+
+def test_what_killed_runs_left_is_cleared_and_nothing_else(run):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    names = [f".tmp-{gone.pid}-{host}.part", f".tmp-{os.getpid()}-{host}.part", ".tmp-1-elsewhere.part", "my.part"]
+    write("a.png", noise(8, 8, 3))
+    Path("out").mkdir()
+    for name in names:
+        Path("out", name).write_text("")
+    assert run("a.png", "-o", "out/", "--sigma", 25) == 0
+    # That of this process would be overwritten by its own write, so it is gone too.
+    assert sorted(os.listdir("out")) == sorted(["a.png", *names[2:]])
+
+
+# ---- what it says ------------------------------------------------------------------------------------------------
+
+
+def test_it_says_when_almost_nothing_was_removed(run, capsys):
+    write("a.png", noise(40, 40, 3))
+    assert run("a.png", "-o", "b.png", "--sigma", 0.1) == 0
+    assert "WARNING: a.png: almost nothing was removed; try --sigma 15, 25 or 40" in capsys.readouterr().err
+    assert run("a.png", "-o", "c.png", "--sigma", 40, "--strength", 1.5) == 0
+    out, err = capsys.readouterr()
+    assert "a.png -> c.png  sigma 40 (given), times 1.5\n" in out and "almost nothing" not in err
 
 
 @pytest.mark.parametrize(
-    "sigma, picture, warns", [(25, "a", 0), (3, "a", 1), (130, "a", 1), (70, "grey", 0), (80, "grey", 1)]
+    "settings, grey, low, high",
+    [
+        ({}, False, 12.75, 114.75),
+        ({"continuous_t": True}, False, 6.375, 121.125),
+        ({"sigma_range": (1, 75)}, False, 1, 75),
+        ({"sigma_range": (1, 75)}, True, 1 / math.sqrt(3), 75 / math.sqrt(3)),
+    ],
 )
-def test_a_warning_outside_the_trained_levels(sigma, picture, warns, run, tmp_path, capsys):
-    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "a.png")
-    Image.fromarray(noise(8, 8)).save(tmp_path / "grey.png")
-    assert run(f"{picture}.png", "-o", "x.png", "--sigma", sigma) == 0
-    assert len(re.findall(rf"WARNING: {picture}.png: sigma {sigma}.0 is assumed", capsys.readouterr().err)) == warns
+def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
+    trained = config.defaults(unet.SETTINGS | data.SETTINGS, **settings)
+    noisy, clean = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    model = network(None)._replace(trained=trained)
+
+    def doubts(sigma):
+        level = denoise.Level(sigma / 127.5 / 2, 0, 1)
+        result = denoise.Result(clean, level, math.sqrt(3) if grey else 1)
+        return denoise.doubts(noisy, result, model, config.defaults(denoise.SETTINGS, strength=2))
+
+    assert doubts(0.6 * low) == doubts(high) == []
+    for sigma in (0.4 * low, 1.2 * high):
+        (doubt,) = doubts(sigma)
+        assert f"was trained on {low:.1f} to {high:.1f}" in doubt and ("(grey)" in doubt) == grey
 
 
-@pytest.mark.parametrize("continuous, trained_on", [(False, "12.8 to 114.8;"), (True, "6.4 to 121.1;")])
-def test_the_warning_tells_the_trained_levels(continuous, trained_on, capsys):
-    denoise.warn_outside("a.png", 0.02, False, {"noise_steps": 10, "continuous_t": continuous})
-    assert f"was trained on {trained_on}" in capsys.readouterr().err
+def blocks(array, y, x, size, scale):
+    """The part of an array of which every scale x scale square is one pixel of an enlarged picture."""
+    part = array[y : y + size * scale, x : x + size * scale]
+    np.testing.assert_array_equal(part, part[::scale, ::scale].repeat(scale, 0).repeat(scale, 1))
+    return part[::scale, ::scale]
 
 
-def test_a_network_without_time_needs_the_level(run, tmp_path, capsys):
-    Image.fromarray(noise(40, 8, 3)).save(tmp_path / "a.png")
-    assert run("a.png", "-o", "x.png", model="plain") == 1
-    assert re.search("plain.pth does not know noise levels.*--sigma", capsys.readouterr().err)
+def test_compare_enlarges_the_middle(run):
+    array = noise(300, 500, 3)
+    write("a.png", array)
+    assert run("a.png", "-o", "b.png", "--sigma", 30, "--compare") == 0
+    figure = np.asarray(Image.open("b_compare.png"))
+    size, gap = sheets.MIDDLE, sheets.GAP
+    after = np.asarray(Image.open("b.png"))
+    for column, picture in enumerate((array, after)):
+        part = blocks(figure, len(figure) - gap - 3 * size, gap + column * (3 * size + gap), size, 3)
+        np.testing.assert_array_equal(part, picture[50:250, 150:350])
+
+
+@pytest.mark.parametrize("sigma, label", [(30, "strength"), (2, "sigma")])
+def test_the_sheet_shows_the_strengths_side_by_side(sigma, label):
+    array = torch.from_numpy(noise(3, 220, 260))
+    asked = []
+
+    def denoised(crop, level):
+        asked.append(127.5 * level)
+        return crop // (len(asked) + 1)
+
+    figure = np.asarray(sheets.strengths(array, sigma / 127.5, denoised))
+    levels = [sigma * s for s in sheets.STRENGTHS] if label == "strength" else sheets.SIGMAS
+    assert asked == pytest.approx(levels)
+    size, gap, line = sheets.MIDDLE, sheets.GAP, sheets.LINE
+    for i in range(1 + len(levels)):
+        y, x = gap + line + i // 4 * (2 * size + gap + line), gap + i % 4 * (2 * size + gap)
+        part = blocks(figure, y, x, size, 2)
+        np.testing.assert_array_equal(part, array[:, 10:210, 30:230].permute(1, 2, 0) // max(1, i + 1))
+        assert (figure[y - line : y - 4, x : x + 100] < 100).any()  # its label
+
+
+def test_sheets_of_small_and_deep_pictures(run):
+    for name, array in {"tiny.png": noise(1, 1, 3), "thin.png": noise(2, 900), "deep.png": DEEP}.items():
+        write(f"in/{name}", array)
+    assert run("in", "-o", "out", "--sigma", 30, "--sheet", "--compare") == 0
+    assert len(os.listdir("out")) == 9
+
+
+def test_a_network_without_time(run, capsys):
+    write("a.png", noise(40, 8, 3))
     assert run("a.png", "-o", "x.png", "--sigma", 30, model="plain") == 0
 
 
 def test_as_a_user_runs_it(script, weights, tmp_path):
-    pixels = noise(300, 100, 3)
-    Image.fromarray(pixels).save(tmp_path / "noisy.png")
-    process = script(
-        "denoise.py", "noisy.png", "-o", "clean.png", "--sigma", 25, "--compare", "--weights", weights["unet"]
-    )
+    """With a name that the terminal cannot encode."""
+    name = os.fsdecode(b"gr\xc3\xbcn\xff.png")
+    Image.fromarray(noise(300, 100, 3)).save(tmp_path / name)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(noise(8, 8)).save(tmp_path / "in" / "b.png")
+    command = ("denoise.py", name, "in", "-o", "out", "--sigma", 25, "--compare", "--weights", weights["unet"])
+    process = script(*command, "--device", "cpu", PYTHONIOENCODING="ascii", OMP_NUM_THREADS="1")
     assert process.returncode == 0, process.stderr
-    assert "noisy.png -> clean.png  sigma 25.0 (given)" in process.stdout
-    assert Image.open(tmp_path / "clean.png").size == (100, 300)
-    assert Image.open(tmp_path / "clean_compare.png").width > 800
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean.png", "clean_compare.png", "noisy.png"]
-
-
-# ---- which weights ----------------------------------------------------------------------------------------------
-
-
-def test_the_newer_of_own_and_shipped_weights(tmp_path, monkeypatch):
-    shipped, own, older = tmp_path / "unet32.pth", tmp_path / "unet32_e1.pth", tmp_path / "unet32_e0.pth"
-    monkeypatch.setattr(checkpoint, "SHIPPED", shipped)
-    assert checkpoint.choose("named.pth", tmp_path).name == "named.pth"
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
-        checkpoint.choose(None, tmp_path)
-    for path, time in ((own, 100), (older, 300), (shipped, 200)):
-        path.write_bytes(b"")
-        os.utime(path, (time, time))
-    assert checkpoint.choose(None, tmp_path) == shipped
-    assert checkpoint.choose(None, tmp_path / "empty") == shipped
-    os.utime(own, (250, 250))
-    assert checkpoint.choose(None, tmp_path) == own
-    shipped.unlink()
-    assert checkpoint.choose(None, tmp_path) == own
-
-
-def test_the_shipped_weights():
-    """Small, without an optimizer, and good on images that they were not trained on and that need no download."""
-    assert checkpoint.SHIPPED.stat().st_size < 9e6
-    state = checkpoint.load(checkpoint.SHIPPED)
-    assert state.keys() == {"model", "config", "provenance"}
-    assert {"command", "seconds", "seed", "device", "held_out_loss"} <= state["provenance"].keys()
-    model, trained = checkpoint.load_model(checkpoint.SHIPPED, "cpu")
-    images = leaves.dead_leaves(90, data.generator("cpu", 0, data.LEAVES, 10**6))
-    world = train.World(0, 1, 0, torch.device("cpu"))
-    # An untrained network has 1; one trained on 50,000 such images for an epoch has 0.099.
-    assert train.held_out_loss(model, images, trained["noise_steps"], torch.float32, world) < 0.12
+    assert re.search(r"gr\?+n\?\S* -> out/gr\?+n\?\S*  sigma 25 \(given\)", process.stdout)
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(
+        [name, name.replace(".png", "_compare.png"), "b.png", "b_compare.png"]
+    )
+    assert Image.open(tmp_path / "out" / name).size == (100, 300)
