@@ -1,5 +1,6 @@
-"""The measures against independent formulas, the tables against one another, and the script as a user runs it."""
+"""What evaluate.py measures, against the parts that it is made of, and the script as a user runs it."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -11,15 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import classical
 import config
 import data
 import diffusion
 import evaluate
-import metrics
 import train
 import unet
+from support import checkpoint, classical, figures, held_out, measure, metrics, script, tables, world
+from support.measure import Record
 
 needs_packages = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("skimage", "pywt", "bm3d")),
@@ -36,82 +36,7 @@ def pair():
     return x0, x0 + 0.3 * torch.randn(x0.shape, generator=random)
 
 
-def grey_levels(x):
-    return (x.double().clamp(-1, 1).numpy() + 1) * 127.5
-
-
-def test_ssim_is_wang_and_others_formula(pair):
-    x0, x = (images[:, :, :20, :16] for images in pair)  # not square
-    a, b = grey_levels(x), grey_levels(x0)
-    line = np.exp(-(np.arange(-5, 6) ** 2) / 4.5)
-    window = np.outer(line, line) / line.sum() ** 2
-    for i in range(3):
-        found = []
-        for c, y, z in np.ndindex(3, 10, 6):
-            p, q = a[i, c, y : y + 11, z : z + 11], b[i, c, y : y + 11, z : z + 11]
-            mean_p, mean_q = (window * p).sum(), (window * q).sum()
-            var_p, var_q = (window * (p - mean_p) ** 2).sum(), (window * (q - mean_q) ** 2).sum()
-            cov = (window * (p - mean_p) * (q - mean_q)).sum()
-            luminance = (2 * mean_p * mean_q + 6.5025) / (mean_p**2 + mean_q**2 + 6.5025)
-            found.append(luminance * (2 * cov + 58.5225) / (var_p + var_q + 58.5225))
-        assert metrics.ssim(x, x0)[i].item() == pytest.approx(np.mean(found), abs=1e-5)
-    torch.testing.assert_close(metrics.ssim(x0, x0), torch.ones(3))
-
-
-def test_ssim_is_scikit_images(pair):
-    structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
-    x0, x = pair
-    options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=0)
-    expected = [structural_similarity(a, b, **options) for a, b in zip(grey_levels(x), grey_levels(x0))]
-    np.testing.assert_allclose(metrics.ssim(x, x0).numpy(), expected, atol=1e-4)
-
-
-def test_a_wave_has_its_power_in_its_band():
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    for band, cycles in enumerate(((3, 0), (6, 6), (0, 13))):
-        wave = 0.4 + 0.5 * torch.cos(2 * math.pi * (cycles[0] * y + cycles[1] * x) / 32)  # its mean is left out
-        power = metrics.band_power(wave.expand(1, 3, 32, 32))[0]
-        assert power[band] > 0.98 * power.sum()
-        # Parseval: half the squared amplitude in each pixel, under the window.
-        window = np.outer(np.hanning(32), np.hanning(32))
-        expected = 1024 * (0.5 * (0.5 * window) ** 2).sum()
-        assert power.sum().item() == pytest.approx(expected, rel=0.05)
-    torch.testing.assert_close(metrics.band_power(0.5 * wave[None, None]) * 4, power[None], rtol=1e-4, atol=1e-2)
-
-
-def test_autocorrelation_of_white_noise_and_of_a_filter_of_it():
-    random = torch.Generator().manual_seed(0)
-    white = torch.randn(300, 3, 32, 32, generator=random)
-    assert metrics.autocorrelation(white).mean().item() == pytest.approx(math.sqrt(2 / math.pi / 1024), rel=0.05)
-    # x[i] + x[i + 1] along both axes: 1/2 at the lags along an axis, 1/4 along the diagonals, less the pairs that the
-    # edges of 32 pixels cut off.
-    smooth = white + white.roll(1, 2)
-    smooth = smooth + smooth.roll(1, 3)
-    assert metrics.autocorrelation(smooth + 5).mean().item() == pytest.approx(
-        (31 / 32 / 2 + (31 / 32) ** 2 / 4) / 2, abs=0.005
-    )
-    # One picture by numpy's own correlation coefficient, which centres each of the two parts anew.
-    r = smooth[0, 0].numpy()
-    parts = ((r[:, 1:], r[:, :-1]), (r[1:], r[:-1]), (r[1:, 1:], r[:-1, :-1]), (r[1:, :-1], r[:-1, 1:]))
-    expected = np.mean([abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) for a, b in parts])
-    assert metrics.autocorrelation(smooth[:1, :1]).item() == pytest.approx(expected, abs=0.03)
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    random = torch.Generator().manual_seed(0)
-    values = 3 + torch.randn(2000, 50, generator=random)
-    reference = 2 + 0.1 * torch.randn(2000, 50, generator=random)
-    mean, half = metrics.interval(values[0])
-    assert mean == pytest.approx(values[0].mean().item())
-    assert half == pytest.approx(1.96 * np.std(values[0].numpy(), ddof=1) / math.sqrt(50), rel=1e-5)
-    for truth, found in (
-        (3, [metrics.interval(v) for v in values]),
-        (1.5, [metrics.interval(v, r) for v, r in zip(values, reference)]),
-    ):
-        assert np.mean([abs(mean - truth) < half for mean, half in found]) == pytest.approx(0.94, abs=0.02)
-    assert metrics.interval(torch.tensor([2.0])) == (2.0, None)
-    assert metrics.interval(torch.tensor([1.0, math.inf])) == (None, None)
-    assert metrics.interval(torch.ones(2), torch.zeros(2)) == (None, None)
+# ---- measuring --------------------------------------------------------------------------------------------------
 
 
 def test_quality_tells_the_loss_of_eps_and_the_measures(pair):
@@ -122,23 +47,84 @@ def test_quality_tells_the_loss_of_eps_and_the_measures(pair):
     def model(x, t):
         return 0.9 * eps + 0.02 * x
 
-    x0_hat = evaluate.network(model, T)(x_t, sigma)
-    q = evaluate.quality(x0_hat, x0, x_t, sigma)
-    t = torch.full((3,), 3)
-    for i in range(3):
-        expected = (model(x_t, t)[i] - eps[i]).square().mean()
-        torch.testing.assert_close(q["loss"][i], expected, rtol=1e-4, atol=0)
-        error = grey_levels(x0_hat)[i] - grey_levels(x0)[i]
-        assert q["psnr"][i].item() == pytest.approx(10 * np.log10(255**2 / (error**2).mean()), rel=1e-5)
-    torch.testing.assert_close(q["whiteness"], metrics.autocorrelation(model(x_t, t)), rtol=1e-4, atol=1e-6)
+    x0_hat = measure.network(model, T)(x_t, sigma)
+    q = measure.quality(x0_hat, x0, x_t, sigma)
+    expected = (model(x_t, torch.full((3,), 3)) - eps).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(q["loss"], expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(q["whiteness"], metrics.autocorrelation(model(x_t, None)), rtol=1e-4, atol=1e-6)
+    assert q.keys() >= {"loss", "whiteness", *metrics.METRICS, *metrics.BANDS}
+
+
+@pytest.mark.parametrize("T", [2, 3, 10, 19, 100, 1000])
+def test_levels_are_few_and_cover_all(T):
+    levels = measure.levels_of(T)
+    sigmas = [127.5 * diffusion.sigma_of(t, T) for t in levels]
+    assert len(levels) <= 20 and sigmas == sorted(sigmas)
+    for sigma in (15, 25, 50):
+        assert min(abs(s - sigma) for s in sigmas) < 1e-9
+    integers = [t for t in levels if t == int(t)]
+    if T <= 18:
+        assert integers == list(range(1, T))
+    else:  # evenly spread: their mean is that of 1 ... T-1
+        assert min(integers) >= 1 and max(integers) <= T - 1
+        assert np.mean(integers) == pytest.approx(T / 2, rel=0.02)
+    steps = {t: measure.step_counts(t, T, None) for t in levels}
+    assert all(1 < k <= min(math.ceil(t), 50) for t, counts in steps.items() for k in counts)
+    assert sum(len(counts) for counts in steps.values()) < 45
+    if T == 10:
+        assert steps[5] == [2, 3, 5] and steps[4] == [4] and steps[1] == []
+
+
+def test_large_images_go_through_the_network_a_few_at_a_time():
+    seen = []
+
+    def model(x, t):
+        seen.append(len(x))
+        assert len(x) == len(t)
+        return x * t[:, None, None, None]
+
+    x = torch.randn(3, 3, 512, 500, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(measure.network(model, 10)(x, 0.2), x - 0.2 * x * 2)
+    assert seen == [1, 1, 1]
 
 
 def test_noise_follows_from_the_place_alone(monkeypatch):
     monkeypatch.setattr(data, "TEST_BATCH", 4)
     images = torch.zeros(10, 3, 32, 32, dtype=torch.uint8)
-    eps = evaluate.fixed_noise(images)
-    assert torch.equal(evaluate.fixed_noise(images[:6]), eps[:6])
+    eps, first = (torch.cat([eps for _, eps in measure.batches(part)]) for part in (images, images[:6]))
+    assert torch.equal(first, eps[:6])
     assert len(eps.unique()) > 0.99 * eps.numel() and eps.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_mean_loss_is_that_of_training():
+    """On images that are all the same, the held-out loss of train.py has every t and noise of the same generator."""
+    x = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = x.expand(270, -1, -1, -1).contiguous()
+    torch.manual_seed(0)
+    model = unet.UNet(widths=(4, 4, 4), t_dim=4).eval()
+    cfg = config.defaults(train.SETTINGS, precision="float32", device="cpu")
+    place = world.join("cpu", 1)
+    with world.Signals(place) as signals:
+        expected = held_out.held_out_loss(cfg, place, model, images, signals)
+    model.eval()
+    jobs = [("clean", 9, 0, "", None, [None])]
+    jobs += [("network", t, 1, "euler", None, [measure.network(model, 10)]) for t in range(1, 10)]
+    with torch.inference_mode():
+        summary = tables.summary(measure.run(jobs, 10, images))
+    name, (mean, _) = summary["rows"][1]
+    assert "held-out loss" in name and mean == pytest.approx(expected, rel=0.01)
+
+
+def test_the_best_of_several_settings_counts():
+    images = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    settings = [lambda x, sigma, shift=shift: x + shift for shift in (0.5, 0.0, -0.5)]
+    jobs = [("shifted", 1, 0, "", 2, settings), ("noisy", 1, 0, "", None, [measure.noisy])]
+    shifted, noisy = measure.run(jobs, 10, images)
+    assert (shifted.count, noisy.count, noisy.sigma) == (2, 3, 12.75)
+    assert torch.equal(shifted.values["psnr"], noisy.first(2).values["psnr"])
+
+
+# ---- classical denoisers ----------------------------------------------------------------------------------------
 
 
 def test_blur_is_gaussian_and_removes_noise(pair):
@@ -149,18 +135,18 @@ def test_blur_is_gaussian_and_removes_noise(pair):
     expected = np.exp(-(y**2 + x**2) / (2 * 1.5**2)) / (2 * math.pi * 1.5**2)
     np.testing.assert_allclose(classical.blur(point, 0.3, 1.5)[0, 0].numpy(), expected, atol=1e-6)
     torch.testing.assert_close(classical.blur(torch.full_like(x0, 0.7), 0.3, 2.0), torch.full_like(x0, 0.7))
-    best = max(diffusion.psnr(estimate(x_t, 0.3), x0).mean() for estimate in classical.methods()["blur"])
-    assert best > diffusion.psnr(x_t, x0).mean() + 5
+    best = max(metrics.psnr(estimate(x_t, 0.3), x0).mean() for estimate in classical.methods()["blur"])
+    assert best > metrics.psnr(x_t, x0).mean() + 5
 
 
 @needs_packages
 def test_the_best_setting_of_every_classical_method_removes_noise(pair):
-    x0, x_t = pair
+    x0, x_t = (x[:2] for x in pair)
     methods = classical.methods()
     assert list(methods) == ["blur", "wavelet", "NLM", "BM3D", "BM3D 4x4"]
     for settings in methods.values():
-        best = max(diffusion.psnr(estimate(x_t, 0.3), x0).mean() for estimate in settings)
-        assert best > diffusion.psnr(x_t, x0).mean() + 5
+        best = max(metrics.psnr(estimate(x_t, 0.3), x0).mean() for estimate in settings)
+        assert best > metrics.psnr(x_t, x0).mean() + 5
     level = classical.sigma_estimators()["scikit-image"](x_t)
     np.testing.assert_allclose(level, 0.3, rtol=0.15)
 
@@ -172,141 +158,258 @@ def test_without_the_packages_one_line_says_what_is_left_out(monkeypatch, capsys
     assert re.fullmatch(r"left out: wavelet.*BM3D.*requirements-bench.txt.*\n", capsys.readouterr().out)
 
 
-@pytest.fixture
-def untrained(tmp_path, pictures):
-    """untrained("unet"): a checkpoint of a small network that has seen nothing."""
+# ---- the script -------------------------------------------------------------------------------------------------
 
-    def save(model, name="unet32_e0.pth"):
+
+@pytest.fixture
+def untrained(tmp_path, pictures, monkeypatch):
+    """untrained("unet"): a checkpoint of a small network that has seen nothing, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def save(model="unet", name="unet32_e0.pth", folder=pictures, **settings):
         torch.manual_seed(0)
-        settings = dict(model=model, t_dim=8, noise_steps=10, dataset="folder", data_dir=str(pictures))
-        state = dict(model=unet.build(model, 8).state_dict(), config=settings)
+        values = dict(model=model, widths=(4, 4, 8), t_dim=8, dataset="folder", data_dir=str(folder), **settings)
+        cfg = config.defaults(train.SETTINGS, **values)
+        network = unet.describe(cfg)
+        state = dict(model=unet.build(**network).state_dict(), network=network, config=dataclasses.asdict(cfg))
+        state["config"].pop("given")
         checkpoint.save(tmp_path / "model" / name, state)
 
     return save
 
 
+@pytest.fixture
+def blur_alone(monkeypatch):
+    """Of the classical denoisers, only the one that takes no time."""
+    settings = [lambda x, sigma, width=width: classical.blur(x, sigma, width) for width in (0.4, 0.7, 1.5)]
+    monkeypatch.setattr(classical, "methods", lambda: {"blur": settings})
+    monkeypatch.setattr(classical, "sigma_estimators", dict)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script("--limit", 3): evaluate.py in this process, as a user runs it: (exit code, stdout, stderr)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--precision", "float32", *map(str, args)])
+        streams = sys.stdout, sys.stderr
+        try:
+            script.run(evaluate.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout, sys.stderr = streams
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def numbers_in(text):
     """The tables of Markdown, as [{heading: text}, ...] each."""
-    tables, rows = [], []
+    found, rows = [], []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
             rows.append([cell.strip() for cell in line.strip("|").split("|")])
         elif rows:
-            tables.append([dict(zip(rows[0], row)) for row in rows[2:]])
+            found.append([dict(zip(rows[0], row)) for row in rows[2:]])
             rows = []
-    return tables
+    return found
 
 
-def test_the_script_and_that_its_outputs_agree(script, untrained, tmp_path, pictures):
+def assert_shown(shown, table):
+    """That the texts of a Markdown table are the numbers of JSON, rounded."""
+    assert len(shown) == len(table["rows"])
+    for texts, row in zip(shown, table["rows"]):
+        assert list(texts) == list(row)
+        for name, value in row.items():
+            exact = [x for x in (value.values() if isinstance(value, dict) else [value]) if x is not None]
+            if exact and isinstance(exact[0], str):
+                assert texts[name] == exact[0]
+            elif exact:
+                read = [float(number) for number in texts[name].split(" ± ")]
+                digits = len(texts[name].split(" ± ")[0].partition(".")[2])
+                assert read == pytest.approx(exact, abs=0.51 * 10**-digits)
+
+
+def test_the_script_and_that_its_outputs_agree(untrained, blur_alone, run_script, tmp_path, pictures):
     untrained("unet")
     untrained("plain", "plain.pth")
-    args = ("--control", "model/plain.pth", "--subset", 3, "--baselines", 2, "--precision", "float32")
-    process = script("evaluate.py", *args, "--json", "out/e.json", "--markdown", "out/e.md")
-    assert process.returncode == 0, process.stderr
+    args = ("--control", "model/plain.pth", "--subset", 3, "--baselines", 2, "--json", "out/e.json")
+    code, out, err = run_script(*args, "--markdown", "out/e.md")
+    assert code == 0, err
     markdown = (tmp_path / "out/e.md").read_text()
-    assert markdown in process.stdout
+    assert markdown in out
     result = json.loads((tmp_path / "out/e.json").read_text())
     provenance = result["provenance"]
     assert provenance["images"] == 4 and provenance["precision"] == "float32" and "clipped" in provenance["measures"]
     assert all(f"- {name}: " in markdown for name in provenance)
-    tables = numbers_in(markdown)
-    assert len(tables) == len(result["tables"]) == 7
-    for shown, table in zip(tables, result["tables"]):
-        assert table["title"] in markdown and len(shown) == len(table["rows"])
-        for texts, row in zip(shown, table["rows"]):
-            assert list(texts) == list(row)
-            for name, value in row.items():
-                exact = list(value.values()) if isinstance(value, dict) else [value]
-                if isinstance(exact[0], str):
-                    assert texts[name] == exact[0]
-                else:
-                    read = [float(number) for number in texts[name].split(" ± ")]
-                    digits = len(texts[name].split(" ± ")[0].partition(".")[2])
-                    assert read == pytest.approx(exact, abs=0.51 * 10**-digits)
-    one, control, several, blind, psnr, _ = (table["rows"] for table in result["tables"][1:])
+    shown = numbers_in(markdown)
+    assert len(shown) == len(result["tables"]) == 8
+    for texts, table in zip(shown, result["tables"]):
+        assert table["title"] in markdown
+        assert_shown(texts, table)
+    one, control, several, blind, psnr, _, channels = (table["rows"] for table in result["tables"][1:])
     sigmas = [12.75, 15, 25, 25.5, 38.25, 50, 51, 63.75, 76.5, 89.25, 102, 114.75]
     assert [row["sigma"] for row in one] == [row["sigma"] for row in psnr] == pytest.approx(sigmas)
-    assert {(round(row["t"]), row["steps"]) for row in several if row["t"] in (1, 5)} == {
-        (1, 1),
-        (5, 1),
-        (5, 2),
-        (5, 3),
-        (5, 5),
+    assert {(row["sampler"], row["steps"]) for row in several if row["t"] == 5} == {
+        ("euler", 1),
+        *((sampler, k) for sampler in ("euler", "heun") for k in (2, 3, 5)),
     }
     assert {row["estimate by"] for row in blind} >= {"the network"}
     # The same numbers from the parts they are made of.
-    images = data.load("test", "folder", str(pictures))[0]
+    cfg = config.defaults(train.SETTINGS, dataset="folder", data_dir=str(pictures))
+    images = data.load("test", cfg)[0]
     images = images[torch.randperm(4, generator=data.generator("cpu", 0, data.CHOICE, 0))]
-    x0, eps = data.scale(images), evaluate.fixed_noise(images)
-    for name, rows in (("unet32_e0.pth", one), ("plain.pth", control)):
-        model, _ = checkpoint.load_model(tmp_path / "model" / name, "cpu")
+    x0 = data.scale(images)
+    eps = data.held_out_noise(x0, 0)
+    row_of = sigmas.index(38.25)
+    for name, row, heading in (("unet32_e0", one[row_of], "loss"), ("plain", control[row_of], "loss of control")):
+        model, _ = checkpoint.load_model(f"model/{name}.pth", "cpu")
         with torch.no_grad():
             loss = diffusion.noise_loss(model, x0, eps, torch.full((4,), 3), 10).item()
-        row = rows[sigmas.index(38.25)]
-        assert (row.get("loss of control") or row["loss"])["mean"] == pytest.approx(loss, rel=1e-3)
+        assert row[heading]["mean"] == pytest.approx(loss, rel=1e-3)
     x_t = x0 + 0.3 * eps
-    assert one[sigmas.index(38.25)]["PSNR noisy"]["mean"] == pytest.approx(
-        diffusion.psnr(x_t, x0).mean().item(), rel=1e-4
-    )
-    assert psnr[0]["noisy"]["mean"] == pytest.approx(diffusion.psnr(x0 + 0.1 * eps, x0)[:2].mean().item(), rel=1e-4)
+    assert one[row_of]["PSNR noisy"]["mean"] == pytest.approx(metrics.psnr(x_t, x0).mean().item(), rel=1e-4)
+    assert psnr[0]["noisy"]["mean"] == pytest.approx(metrics.psnr(x0 + 0.1 * eps, x0)[:2].mean().item(), rel=1e-4)
     for row, own in zip(control, one):
-        assert row["gain"]["mean"] == pytest.approx(own["loss"]["mean"] - row["loss of control"]["mean"], abs=1e-6)
-        assert row["PSNR gain"]["mean"] == pytest.approx(own["PSNR"]["mean"] - row["PSNR of control"]["mean"], abs=1e-4)
-    row = psnr[sigmas.index(38.25)]
-    others = [row[name]["mean"] for name in row.keys() - {"sigma", "t", "one step", "gain"}]
-    assert row["gain"]["mean"] == pytest.approx(row["one step"]["mean"] - max(others), abs=1e-4)
-    blurred = [diffusion.psnr(estimate(x_t[:2], 0.3), x0[:2]).mean() for estimate in classical.methods()["blur"]]
+        for name in ("loss", "PSNR", "SSIM"):
+            change = own[name]["mean"] - row[f"{name} of control"]["mean"]
+            assert row[f"{name} change"]["mean"] == pytest.approx(change, abs=1e-4)
+    row = psnr[row_of]
+    others = [row[name]["mean"] for name in row.keys() - {"sigma", "t", "network", "difference"}]
+    assert row["difference"]["mean"] == pytest.approx(row["network"]["mean"] - max(others), abs=1e-4)
+    blurred = [metrics.psnr(estimate(x_t[:2], 0.3), x0[:2]).mean() for estimate in classical.methods()["blur"]]
     assert row["blur"]["mean"] == pytest.approx(max(blurred).item(), abs=1e-3)
-    model, _ = checkpoint.load_model(tmp_path / "model/unet32_e0.pth", "cpu")
+    model, trained = checkpoint.load_model("model/unet32_e0.pth", "cpu")
     t = torch.full((3,), 5)
     with torch.no_grad():
         errors = 127.5 * diffusion.estimate_sigma(model, x0[:3] + 25 / 127.5 * eps[:3], 10) - 25
         x_t = x0[:3] + 0.5 * eps[:3]
-        x0_hat, one_step = diffusion.denoise_steps(model, x_t, t, 10), diffusion.denoise(model, x_t, t, 10)
+        one_step = diffusion.denoise(model, x_t, t, 10)
+        walks = {name: diffusion.denoise_steps(model, x_t, t, 10, sampler=name) for name in diffusion.SAMPLERS}
     row = next(row for row in blind if (row["sigma"], row["estimate by"]) == (25, "the network"))
     assert row["mean error"]["mean"] == pytest.approx(errors.mean().item(), abs=0.01)
     assert row["mean absolute error"]["mean"] == pytest.approx(errors.abs().mean().item(), abs=0.01)
-    row = next(row for row in several if (row["t"], row["steps"]) == (5, 5))
-    sharpness = metrics.band_power(x0_hat).mean(0) / metrics.band_power(x0[:3]).mean(0)
-    assert [row[band]["mean"] for band in metrics.BANDS] == pytest.approx(sharpness.tolist(), rel=1e-3)
-    gain = (diffusion.psnr(x0_hat, x0[:3]) - diffusion.psnr(one_step, x0[:3])).mean().item()
-    assert row["gain"]["mean"] == pytest.approx(gain, abs=1e-3)
-    figure = tmp_path / "model/res/evaluation_unet32_e0.png"
-    assert f"figure saved: {figure.relative_to(tmp_path)}" in process.stdout
-    assert figure.stat().st_size < 300_000 and np.asarray(Image.open(figure).convert("L")).std() > 10
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_the_control_alone_needs_no_blind_estimate(run, untrained, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate.py", "--limit", "2", "--baselines", "0", "--steps", "2", "--device", "cpu"]
+    for sampler, x0_hat in walks.items():
+        row = next(row for row in several if (row["t"], row["steps"], row["sampler"]) == (5, 5, sampler))
+        sharpness = metrics.band_power(x0_hat).mean(0) / metrics.band_power(x0[:3]).mean(0)
+        assert [row[band]["mean"] for band in metrics.BANDS] == pytest.approx(sharpness.tolist(), rel=1e-3)
+        gain = (metrics.psnr(x0_hat, x0[:3]) - metrics.psnr(one_step, x0[:3])).mean().item()
+        assert row["PSNR gain"]["mean"] == pytest.approx(gain, abs=1e-3)
+    shares = held_out.channels_in_use(trained, model, images)
+    assert {row["block"]: row["in use, %"] for row in channels} == pytest.approx(
+        {k: 100 * v for k, v in shares.items()}
     )
+    figure = tmp_path / "model/res/evaluation_unet32_e0.png"
+    assert f"figure saved: {figure.relative_to(tmp_path)}" in out
+    assert figure.stat().st_size < 300_000 and np.asarray(Image.open(figure).convert("L")).std() > 10
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_registered_metric_is_in_every_table(untrained, blur_alone, run_script, monkeypatch):
+    def error(x, x0):
+        return (x - x0).abs().mean(dim=(1, 2, 3))
+
+    monkeypatch.setitem(metrics.METRICS, "mae", metrics.Metric("MAE", error, 5, higher_is_better=False))
+    untrained()
+    code, out, err = run_script(
+        "--limit", 2, "--subset", 1, "--steps", 2, "--baselines", 1, "--control", "model/unet32_e0.pth"
+    )
+    assert code == 0, err
+    _, one, control, several, _, psnr, ssim, mae, _ = numbers_in(out)
+    assert {"MAE noisy", "MAE"} <= one[0].keys() and {"MAE of control", "MAE change"} <= control[0].keys()
+    assert "MAE" in several[0] and "MAE beside classical denoisers" in out
+    assert len(psnr) == len(ssim) == len(mae)
+    value = {name: float(text) for name, text in mae[0].items()}
+    best = min(value[name] for name in value.keys() - {"sigma", "t", "network", "difference"})  # lower is better
+    assert value["difference"] == pytest.approx(value["network"] - best, abs=2e-5)
+
+
+def test_a_thousand_steps_and_one_constant_image(untrained, blur_alone, run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "MOST_STEPS", 6)
+    for split in ("train", "test"):
+        (tmp_path / "black" / split).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "black" / split / "0.png")
+    untrained(folder="black", noise_steps=1000)
+    code, _, err = run_script("--subset", 1, "--baselines", 1, "--json", "e.json")
+    assert code == 0, err
+    result = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    summary, one, several = (table["rows"] for table in result["tables"][:3])
+    assert len(one) == 20 and max(row["steps"] for row in several) == 6
+    assert "loss on one image (no held-out loss)" in summary[1][""]
+
+
+def test_the_control_alone_needs_no_blind_estimate(untrained, run_script, monkeypatch):
     untrained("plain")
 
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(evaluate, "draw", full)
-    with pytest.raises(OSError):
-        evaluate.main()
-    text = capsys.readouterr().out  # all the same
-    assert "estimated from the picture" not in text and "classical" not in text
-    assert {row["steps"] for row in numbers_in(text)[-1]} == {"1", "2"}
+    monkeypatch.setattr(figures, "evaluation", full)
+    code, out, err = run_script("--limit", 2, "--baselines", 0, "--steps", 2)
+    assert code == 1 and "error: No space left" in err
+    assert "sigma estimated" not in out and "classical" not in out  # and yet all tables are there
+    assert {row["steps"] for row in numbers_in(out)[2]} == {"1", "2"}
 
 
-def test_the_mean_loss_is_that_of_training(run, untrained):
-    """On images that are all the same, train.held_out_loss has every t and the noise of the same generator."""
-    x = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    images = x.expand(900, -1, -1, -1).contiguous()
-    torch.manual_seed(0)
-    model = unet.UNet(widths=(4, 4, 4), t_dim=4).eval()
-    world = train.World(0, 1, 0, torch.device("cpu"))
-    expected = train.held_out_loss(model, images, 10, torch.float32, world)
-    model.eval()
-    with torch.inference_mode(), evaluate.part("", 0, {}) as bar:
-        eps = evaluate.fixed_noise(images)
-        one = {t: evaluate.measure(images, eps, t / 10, evaluate.network(model, 10), bar) for t in range(1, 10)}
-    assert evaluate.mean_loss(one, 10).mean().item() == pytest.approx(expected, rel=0.01)
+SMALL = ("--baselines", "0", "--steps", "1", "--limit", "1")
+
+
+class Failing:
+    """A stream on a full disk, or an ASCII terminal."""
+
+    encoding = "ascii"
+
+    def __init__(self, full):
+        self.full, self.text = full, ""
+
+    def write(self, text):
+        if self.full:
+            raise OSError(28, "No space left on device")
+        text.encode(self.encoding)  # raises UnicodeEncodeError
+        self.text += text
+
+    def flush(self):
+        if self.full:
+            raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_files_are_written_whatever_becomes_of_the_screen(full, untrained, tmp_path, monkeypatch):
+    untrained("plain")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *SMALL, "--json", "e.json", "--markdown", "e.md"])
+    stream = Failing(full)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    script.run(evaluate.main)
+    assert "±" in (tmp_path / "e.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "e.json").read_text())["tables"]
+    assert full or ("One step" in stream.text and "?" in stream.text)
+
+
+def test_files_that_exist_are_replaced_only_if_asked(untrained, run_script, tmp_path, monkeypatch):
+    untrained("plain")
+    for option, name in (("--json", "e.json"), ("--markdown", "e.md")):
+        (tmp_path / name).write_text("mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "load_run", None)  # it is seen before any work
+            code, _, err = run_script(option, name)
+        assert code == 1 and re.fullmatch(rf"error: {name} exists; .*--overwrite.*\n", err)
+        assert (tmp_path / name).read_text() == "mine"
+    assert run_script(*SMALL, "--json", "e.json", "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "e.json").read_text())
+    # A file that comes into being during the work stays, and the numbers are on the screen.
+    summary = tables.summary
+
+    def meanwhile(records):
+        (tmp_path / "late.md").write_text("mine")
+        return summary(records)
+
+    monkeypatch.setattr(tables, "summary", meanwhile)
+    code, out, err = run_script(*SMALL, "--markdown", "late.md")
+    assert code == 1 and "late.md exists by now" in err and "Summary, 1 images" in out
+    assert (tmp_path / "late.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -317,14 +420,106 @@ def test_the_mean_loss_is_that_of_training(run, untrained):
         ("--weights model/unet32_e0.pth --out-dir model/unet32_e0.pth", "model/unet32_e0.pth"),
         ("--json model", "must be a file name ending in .json"),
         ("--markdown model/unet32_e0.pth", "must be a file name ending in .md"),
+        ("--dataset leaves --whole", "--dataset folder"),
     ],
 )
-def test_mistakes_show_before_the_work(args, message, run, untrained, tmp_path, monkeypatch, capsys):
+def test_mistakes_show_before_the_work(args, message, untrained, run_script, tmp_path, monkeypatch):
     untrained("unet")
     before = (tmp_path / "model/unet32_e0.pth").read_bytes()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args.split()])
-    monkeypatch.setattr(evaluate, "evaluate", None)
-    with pytest.raises(SystemExit) as caught:
-        config.run(evaluate.main, data.DataError, checkpoint.CheckpointError)
-    assert message in f"{caught.value.code} {capsys.readouterr().err}"
+    monkeypatch.setattr(evaluate, "evaluate_images", None)
+    monkeypatch.setattr(data, "load", lambda split, cfg: (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "nothing"))
+    code, _, err = run_script(*args.split())
+    assert code in (1, 2) and message in err and err.startswith("error: ")
     assert (tmp_path / "model/unet32_e0.pth").read_bytes() == before
+
+
+# ---- whole pictures ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder with two test pictures of 50x37 and 41x66 pixels."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (tmp_path / "photographs" / split).mkdir(parents=True)
+        for i, size in enumerate(((50, 37), (41, 66))):
+            small = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            small.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "photographs" / split / f"{i}.png")
+    return tmp_path / "photographs"
+
+
+def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photographs, tmp_path):
+    untrained()
+    args = ("--dataset", "folder", "--data-dir", photographs, "--weights", "model/unet32_e0.pth")
+    baselines = 1 if importlib.util.find_spec("bm3d") else 0
+    code, out, err = run_script(*args, "--baselines", baselines, "--json", "e.json", "--control", "model/unet32_e0.pth")
+    assert code == 0, err
+    assert f"data: 2 whole test pictures in {photographs}" in out
+    assert "held-out loss" not in out and "published" not in out and "figure" not in out
+    psnr, ssim, clean, channels = json.loads((tmp_path / "e.json").read_text())["tables"]
+    assert psnr["title"] == "PSNR on 2 whole test pictures" and ssim["title"].startswith("SSIM")
+    assert list(psnr["rows"][0]) == ["", "pictures", *(f"sigma {sigma}" for sigma in (5, 10, 15, 25, 50))]
+    rows = {row[""]: row for row in psnr["rows"]}
+    assert rows["control"] == rows["network"] | {"": "control"}  # the same noise for every method
+    # By hand, one picture after the other and without tiles.
+    model, _ = checkpoint.load_model("model/unet32_e0.pth", "cpu")
+    found = {name: [] for name in ("noisy", "network", 1)}
+    for i in range(2):
+        picture = np.asarray(Image.open(photographs / "test" / f"{i}.png"))
+        x0 = data.scale(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None])
+        height, width = x0.shape[2:]
+        eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i))
+        x_t = x0 + 25 / 127.5 * eps
+        found["noisy"].append(metrics.psnr(x_t, x0).item())
+        for key, x, sigma in (("network", x_t, 25), (1, x0, 1)):
+            padded = torch.nn.functional.pad(x, (0, -width % 4, 0, -height % 4), mode="reflect")
+            with torch.no_grad():
+                x0_hat = diffusion.denoise(model, padded, torch.tensor([sigma / 127.5 * 10]), 10)[..., :height, :width]
+            error = (x0_hat.clamp(-1, 1) - x0) * 127.5
+            found[key].append(10 * math.log10(255**2 / error.square().mean().item()))
+    assert rows["noisy"]["sigma 25"]["mean"] == pytest.approx(np.mean(found["noisy"]), abs=1e-3)
+    assert rows["network"]["sigma 25"]["mean"] == pytest.approx(np.mean(found["network"]), abs=1e-3)
+    clean = {row["sigma told"]: row for row in clean["rows"]}
+    assert clean["1"]["PSNR"]["mean"] == pytest.approx(np.mean(found[1]), abs=1e-2)
+    assert clean["1"]["lowest PSNR"] == pytest.approx(min(found[1]), abs=1e-2)
+    assert "estimated, as by denoise.py" in clean
+    if baselines:
+        assert [row["pictures"] for row in psnr["rows"]] == [2, 2, 2, 1, 1]
+        assert rows["network, on the same"]["sigma 25"]["mean"] == pytest.approx(found["network"][0], abs=1e-3)
+    assert len(channels["rows"]) == 5
+
+
+def test_crops_of_photographs_are_measured_if_asked(untrained, run_script, photographs):
+    untrained("plain", folder=photographs)
+    code, out, err = run_script("--no-whole", "--baselines", 0, "--steps", 1, "--limit", 2)
+    assert code == 0, err
+    assert "whole" not in out.split("Summary")[1] and "held-out loss of the network" in out
+
+
+def test_published_rows_stand_beside_cbsd68_alone():
+    records = [
+        Record(method, sigma, 0, 0, "", {key: torch.full((68,), 30.0) for key in metrics.METRICS})
+        for method in ("noisy", "network")
+        for sigma in evaluate.WHOLE_LEVELS
+    ]
+    table = tables.pictures(records, "psnr", published=True)
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    assert rows["FFDNet (published, arXiv 1710.04026)"] == [68, None, None, 33.87, 31.21, 27.96]
+    assert len(rows) == 6 and "published" in tables.as_text(table)
+    for other in (tables.pictures(records, "ssim", True), tables.pictures(records, "psnr", False)):
+        assert "published" not in tables.as_text(other)
+
+
+@pytest.mark.parametrize(
+    "count, size, published",
+    [(68, (481, 321), True), (68, (321, 481), True), (67, (481, 321), False), (68, (480, 320), False)],
+)
+def test_cbsd68_is_told_by_number_and_size(count, size, published, monkeypatch):
+    pictures = [(f"{i}.png", lambda: torch.zeros(3, *size, dtype=torch.uint8)) for i in range(count)]
+    seen = []
+    record = Record("noisy", 0, 0, 0, "", {key: torch.zeros(count) for key in metrics.METRICS})
+    monkeypatch.setattr(measure, "pictures", lambda *args: [record])
+    monkeypatch.setattr(tables, "pictures", lambda records, key, published: seen.append(published))
+    cfg = config.defaults(evaluate.SETTINGS, baselines=0)
+    evaluate.evaluate_pictures(cfg, {"network": (None, 10)}, None, pictures, "cpu")
+    assert seen == [published] * len(metrics.METRICS)

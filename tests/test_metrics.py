@@ -23,13 +23,13 @@ def grey_levels(x):
 
 
 def test_ssim_is_wang_and_others_formula(pair):
-    x0, x = (images[:, :, :20, :16] for images in pair)  # not square
+    x0, x = (images[:, :, :14, :13] for images in pair)  # not square
     a, b = grey_levels(x), grey_levels(x0)
     line = np.exp(-(np.arange(-5, 6) ** 2) / 4.5)
     window = np.outer(line, line) / line.sum() ** 2
     for i in range(3):
         found = []
-        for c, y, z in np.ndindex(3, 10, 6):
+        for c, y, z in np.ndindex(3, 4, 3):
             p, q = a[i, c, y : y + 11, z : z + 11], b[i, c, y : y + 11, z : z + 11]
             mean_p, mean_q = (window * p).sum(), (window * q).sum()
             var_p, var_q = (window * (p - mean_p) ** 2).sum(), (window * (q - mean_q) ** 2).sum()
@@ -81,8 +81,8 @@ def test_autocorrelation_of_white_noise_and_of_a_filter_of_it():
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     random = torch.Generator().manual_seed(0)
-    values = 3 + torch.randn(2000, 50, generator=random)
-    reference = 2 + 0.1 * torch.randn(2000, 50, generator=random)
+    values = 3 + torch.randn(700, 50, generator=random)
+    reference = 2 + 0.1 * torch.randn(700, 50, generator=random)
     mean, half = metrics.interval(values[0])
     assert mean == pytest.approx(values[0].mean().item())
     assert half == pytest.approx(1.96 * np.std(values[0].numpy(), ddof=1) / math.sqrt(50), rel=1e-5)
@@ -90,7 +90,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         (3, [metrics.interval(v) for v in values]),
         (1.5, [metrics.interval(v, r) for v, r in zip(values, reference)]),
     ):
-        assert np.mean([abs(mean - truth) < half for mean, half in found]) == pytest.approx(0.94, abs=0.02)
+        assert np.mean([abs(mean - truth) < half for mean, half in found]) == pytest.approx(0.94, abs=0.03)
     assert metrics.interval(torch.tensor([2.0])) == (2.0, None)
     assert metrics.interval(torch.tensor([1.0, math.inf])) == (None, None)
     assert metrics.interval(torch.ones(2), torch.zeros(2)) == (None, None)
