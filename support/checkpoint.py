@@ -125,7 +125,7 @@ def checksum(state):
             for item in value:
                 add(item)
         else:
-            sha.update(f"{value!r},".encode(errors="surrogatepass"))
+            sha.update(f"{value!r},".encode())
 
     add(state)
     return sha.hexdigest()
@@ -174,7 +174,7 @@ def clean(folder):
     files.clean(folder)
     files.clean(folder / "res")
     leftovers = [*folder.glob(".log.csv.*.tmp"), *folder.glob("res/.*.png.*.tmp")]
-    # An earlier version, killed while it replaced checkpoints, may have left the only one of the folder like this.
+    # An earlier version that was killed while it replaced checkpoints may have left its only one under such a name.
     leftovers += folder.glob(".unet32_e*.tmp") if in_folder(folder) else ()
     for path in leftovers:
         with contextlib.suppress(OSError):
@@ -342,18 +342,18 @@ def read(path):
 
 
 def check_archive(file, size):
-    """Refuse, before it is unpacked, what torch.save does not write: compressed entries, and references to other code.
+    """Refuse, before it is unpacked, what torch.save does not write: compressed members, references to other code.
 
     Returns an upper bound of the number of values. Raises ValueError, and what zipfile and pickletools raise.
     """
     with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        if not stored or sum(entry.file_size for entry in entries) > size:
+        members = archive.infolist()
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > size:
             raise ValueError("compressed")
-        if len({entry.filename for entry in entries}) < len(entries):
-            raise ValueError("two entries of one name")
-        structure = archive.read(entries[0].filename.partition("/")[0] + "/data.pkl")
+        if len({member.filename for member in members}) < len(members):
+            raise ValueError("two of one name")
+        structure = archive.read(members[0].filename.partition("/")[0] + "/data.pkl")
     if {argument for opcode, argument, _ in pickletools.genops(structure) if opcode.name == "GLOBAL"} - GLOBALS:
         raise ValueError("code")
     return len(structure)  # each value takes a byte at least, unless it is shared
