@@ -23,7 +23,7 @@ from config import Setting, real, whole
 from support import channels, checkpoint, device, muon, script
 from support.held_out import channels_in_use, held_out_loss
 from support.loggers import LOGGERS
-from support.run import Run, begin
+from support.run import Run, begin, load_images
 from support.world import Signals, Stopped, join
 
 PRESETS = {
@@ -70,6 +70,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "overwrite":           Setting(False, bool, "replace the checkpoints of another run in out_dir"),
     "loggers":             Setting(("csv",), tuple(LOGGERS), "where the numbers of an epoch go", "*"),
 }  # fmt: skip
+
 
 def train(cfg, world, model, optimizer, x_train, x_test, run):
     """From where `run` stands to the last epoch. x_train, x_test: uint8 images, see data.load."""
@@ -119,24 +120,15 @@ def make_optimizer(cfg, model):
     return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
 
 
-def load_images(cfg, world):
-    """x_train, x_test (uint8, on the device) and what is known of them, which the checkpoint keeps."""
-    with world.first_of_machine():
-        x_train, source = data.load("train", cfg)
-        x_test, test_source = data.load("test", cfg)
-    if len(x_train) < cfg.batch_size:
-        raise config.UserError(f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}")
-    about = dict(source=source, test_source=test_source, fingerprint=data.fingerprint(x_train, x_test))
-    return x_train.to(world.device), x_test.to(world.device), about
-
-
 def main():
     cfg, saved, folder = begin(config.parse(__doc__, SETTINGS, PRESETS), SETTINGS)
+    if cfg.sigma_range and not cfg.sigma_range[0] < cfg.sigma_range[1]:
+        raise config.UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
     world = join(cfg.device, cfg.batch_size)
     precision = str(device.pick_precision(cfg.precision, world.device)).removeprefix("torch.")
     # One answer of rank 0 for all: a download can fail on one machine and not on another.
     dataset = world.agree(data.resolve(cfg).dataset if world.main else None)
-    cfg = dataclasses.replace(cfg, dataset=dataset, precision=precision)
+    cfg = data.resolve(dataclasses.replace(cfg, dataset=dataset, precision=precision))
     x_train, x_test, about = load_images(cfg, world)
     world.say(f"data: {about['source']}; {about['test_source']}")
 

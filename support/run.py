@@ -26,9 +26,9 @@ from support import channels, checkpoint, figures, loggers
 
 SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
 # A resumed run takes every setting that was not typed from its checkpoint, but for these, which belong to a start;
-PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers", "init"}
+PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers"}
 # and a setting that was typed must not contradict the checkpoint, but for these, which do not make it another run.
-MAY_CHANGE = PER_START | {"data_dir", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
+MAY_CHANGE = PER_START | {"data_dir", "init", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
 NEEDS = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
 
 
@@ -92,6 +92,17 @@ def settings_of(saved, cfg, settings):
     return dataclasses.replace(cfg, **{name: value for name, value in values.items() if name not in typed})
 
 
+def load_images(cfg, world):
+    """x_train, x_test (uint8, on the device) and what is known of them, which the checkpoint stores."""
+    with world.first_of_machine():
+        x_train, source = data.load("train", cfg)
+        x_test, test_source = data.load("test", cfg)
+    if len(x_train) < cfg.batch_size:
+        raise UserError(f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}")
+    about = dict(source=source, test_source=test_source, fingerprint=data.fingerprint(x_train, x_test))
+    return x_train.to(world.device), x_test.to(world.device), about
+
+
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
@@ -122,9 +133,18 @@ class Run:
                 f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these "
                 f"({self.images['source']}); give --dataset and --data-dir as then, or start anew in another --out-dir"
             )
+        if not 0 <= saved["step"] - len(saved["log"]) * self.steps_per_epoch <= self.steps_per_epoch:
+            raise checkpoint.CheckpointError(f"{cfg.resume} contradicts itself: its step is not in its epoch")
+        if "network" not in saved and cfg.noise_steps != 10:
+            raise checkpoint.CheckpointError(
+                f"{cfg.resume} is of an earlier version, whose network sees t unscaled where --noise-steps is not 10; "
+                "it can be used but not resumed: start anew in another --out-dir"
+            )
         checkpoint.load_weights(self.model, saved, cfg.resume)
         checkpoint.load_optimizer(self.optimizer, saved, cfg.resume)
         self.step, self.log, self.seconds = saved["step"], saved["log"], saved["seconds"]
+        for group in self.optimizer.param_groups:  # the file's rates are not trusted
+            group["lr"] = self.lr
         sums = saved["loss_sums"].to(world.device)
         world.say(f"resumed: {cfg.resume}, {self.step:,} steps and {len(self.log)} of {cfg.epochs} epochs done")
         if len(sums) == world.size:

@@ -21,7 +21,6 @@ import data
 from config import UserError
 from support import checkpoint, loggers
 from support import run as runs
-from support.run import Run
 from support.world import Signals, World
 
 
@@ -80,7 +79,7 @@ def test_a_run_stopped_at_any_step_is_the_same_run(run, monkeypatch, save_every_
     """Stopped after each of 8 steps and once during the evaluation: weights, optimizer, log as if never stopped."""
     every = ("--save-every-steps", save_every_steps) if save_every_steps else ()
     run("--epochs", 2, "--out-dir", "straight", *SMALL, *every)
-    finite, interrupted, this_start = Run.finite, [], []
+    held_out_noise, interrupted, this_start = data.held_out_noise, [], []
 
     def interrupt(moment):
         if moment not in interrupted and not this_start:  # a second signal would end the process at once
@@ -88,13 +87,12 @@ def test_a_run_stopped_at_any_step_is_the_same_run(run, monkeypatch, save_every_
             this_start.append(moment)
             signal.raise_signal(signal.SIGINT)
 
-    def finite_and_interrupt(self, loss):  # called once the first epoch has been evaluated
-        if self.step == 4:
-            interrupt("evaluation")
-        return finite(self, loss)
+    def noise_and_interrupt(*args):
+        interrupt("evaluation")
+        return held_out_noise(*args)
 
     at_step(monkeypatch, interrupt)
-    monkeypatch.setattr(Run, "finite", finite_and_interrupt)
+    monkeypatch.setattr(data, "held_out_noise", noise_and_interrupt)
     while True:
         this_start.clear()
         there = checkpoint.in_folder("model")

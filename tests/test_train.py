@@ -226,6 +226,32 @@ def test_what_cannot_be_resumed_is_said(run, tmp_path):
         run("--resume", "other.pth")
 
 
+def test_a_run_starts_from_the_weights_of_another(run):
+    run("--epochs", 1, *SMALL)
+    run("--init", "model/unet32_e0.pth", "--lr", 0, "--epochs", 1, "--out-dir", "tuned", *SMALL)
+    first, tuned = checkpoint.load("model/unet32_e0.pth"), checkpoint.load("tuned/unet32_e0.pth")
+    assert tuned["step"] == 4 and tuned["config"]["init"] == "model/unet32_e0.pth"
+    for name, value in first["model"].items():
+        assert torch.equal(value, tuned["model"][name])
+
+
+def test_a_run_of_an_earlier_version_goes_on_if_its_network_is_todays(run):
+    for steps, message in ((10, None), (20, "whose network sees t unscaled")):
+        folder = f"old{steps}"
+        run("--epochs", 1, "--noise-steps", steps, "--out-dir", folder, "--t-dim", 8, *SMALL[6:])
+        state = checkpoint.load(f"{folder}/unet32_e0.pth")
+        del state["network"]
+        for name in ("widths", "blocks", "noise", "sigma_range", "init", "recycle", "augment", "loggers"):
+            state["config"].pop(name, None)
+        checkpoint.save(f"{folder}/unet32_e0.pth", state)
+        if message:
+            with pytest.raises(checkpoint.CheckpointError, match=message):
+                run("--resume", "auto", "--epochs", 2, "--out-dir", folder)
+        else:
+            run("--resume", "auto", "--epochs", 2, "--out-dir", folder)
+            assert checkpoint.load(f"{folder}/unet32_e1.pth")["step"] == 8
+
+
 def test_weights_alone_cannot_be_resumed(run):
     run("--epochs", 1, *SMALL)
     state = checkpoint.load("model/unet32_e0.pth")
@@ -252,6 +278,8 @@ def test_overwrite_deletes_nothing_before_there_is_something_new(run, monkeypatc
 def test_settings_that_cannot_be_are_refused(run):
     with pytest.raises(config.UserError, match="16 training images do not fill a batch of 32"):
         run("--batch-size", 32)
+    with pytest.raises(config.UserError, match="--sigma-range 50 10: the first must be lower"):
+        run("--sigma-range", 50, 10)
     with pytest.raises(config.UserError, match=r"--device \S+ cannot be used "):
         run("--device", "cuda:99")
 
