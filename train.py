@@ -94,11 +94,8 @@ def train(cfg, world, model, optimizer, x_train, x_test, run):
 
 def recycle(cfg, world, model, optimizer, x0, eps, t, run):
     """New kernels for channels that are not in use, measured on the batch at hand."""
-    x_t, random = (
-        diffusion.add_noise(x0, eps, t, cfg.noise_steps),
-        data.generator("cpu", cfg.seed, data.KERNELS, run.step),
-    )
-    count = channels.recycle(model, optimizer, x_t, t, random)
+    x_t = diffusion.add_noise(x0, eps, t, cfg.noise_steps)
+    count = channels.recycle(model, optimizer, x_t, t, data.generator("cpu", cfg.seed, data.KERNELS, run.step))
     world.copy(model)  # the batch is another on each rank
     world.say(f"recycled {count} channels that were not in use")
 
