@@ -7,9 +7,7 @@ Images are (B, 3, H, W) in [-1, 1], clipped when drawn, unless said otherwise.
 import itertools
 import math
 
-import numpy as np
 import torch
-from PIL import Image
 
 import data
 import diffusion
@@ -33,11 +31,6 @@ def new(width, height):
 def save(figure, path):
     """Write the figure to a PNG file. Raises OSError."""
     files.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-def read(path):
-    """A saved figure as a uint8 array (3, H, W)."""
-    return np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1)
 
 
 # ---- images -----------------------------------------------------------------------------------------------------
@@ -162,7 +155,8 @@ def evaluation(path, levels, trade_off, count):
         for (name, points), style in zip(lines.items(), itertools.cycle(STYLES)):
             ax.plot([point[0] for point in points], [point[1] for point in points], label=name, **style)
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False, fontsize=9)
+        if lines:
+            ax.legend(frameon=False, fontsize=9)
     for x, y, steps in itertools.chain(*trade_off.values()):
         right.annotate(steps, (x, y), (4, 4), textcoords="offset points", fontsize=9)
     # The curve of the noisy images may leave the frame, which it would otherwise fill.

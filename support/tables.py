@@ -180,7 +180,7 @@ def curves(records, count, shown):
     power = mean(select(records, method="clean")[0].first(count), "high")
     trade_off = {}
     for one, *more in by_level:
-        if one.t in shown:
+        if one.t in shown and power:  # constant images have no sharpness
             points = [(mean(r, "high") / power, mean(r, "psnr") - mean(one, "psnr"), r.steps) for r in (one, *more)]
             trade_off[f"sigma = {one.sigma:.3g}"] = points
     return levels, trade_off, shared

@@ -1,7 +1,8 @@
 """The scripts as a user runs them: what they print, write, and say when something is wrong."""
 
-import importlib.util
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -9,115 +10,212 @@ import torch
 from PIL import Image
 
 import config
+import overfit
+import train
+import unet
+import visualize
+from config import Setting, whole
+from support import device, figures
+from support import script as scripts
 
 SCRIPTS = ["train.py", "overfit.py", "visualize.py", "evaluate.py", "denoise.py"]
 WORDS = {"denoise.py": ("noisy.png", "-o", "clean.png")}  # what a script cannot do without
+TINY = ("--widths", 4, 4, 8, "--t-dim", 8, "--device", "cpu")
 
 
-def last_line(stderr):
-    """Without what Matplotlib says when it is new on a machine."""
-    return stderr.splitlines()[-1]
+@pytest.fixture
+def run_script(monkeypatch, capsys, tmp_path):
+    """run_script(visualize, "--curves"): in this process and an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+        streams = sys.stdout, sys.stderr
+        try:
+            scripts.run(module.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout, sys.stderr = streams
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def looks_like_a_figure(path):
+    return np.asarray(Image.open(path).convert("L")).std() > 10  # not blank
+
+
+# ---- every script -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_gives_every_default_and_a_mistake_one_line(name, script):
-    process = script(name, "--help")
-    assert process.returncode == 0
-    flags = re.findall(r"^  --([a-z0-9-]+)", process.stdout, re.MULTILINE)
-    assert len(flags) >= 6 and process.stdout.count("(default:") == len(flags)
-    assert process.stdout.split("usage:")[1].find(f"python {name}") > 0  # the docstring's commands
-    process = script(name, *WORDS.get(name, ()), "--no-such-flag")
-    assert process.returncode == 2
-    assert re.fullmatch(r"error: .*--no-such-flag.*\n", process.stderr)
+def test_help_gives_every_default_and_a_mistake_one_line(name, monkeypatch, capsys):
+    module = __import__(name[:-3])
+    for args, code in ((["--help"], 0), ([*WORDS.get(name, ()), "--no-such-flag"], 2)):
+        monkeypatch.setattr(sys, "argv", [name, *args])
+        with pytest.raises(SystemExit) as caught:
+            module.main()
+        assert caught.value.code == code
+        out, err = capsys.readouterr()
+        if code == 0:
+            flags = re.findall(r"^  (?:-\w .*, )?--([a-z0-9-]+)", out, re.MULTILINE)
+            required = sum(setting.default is config.REQUIRED for setting in module.SETTINGS.values())
+            assert len(flags) >= 6 and len(flags) + 1 >= len(module.SETTINGS)
+            assert out.count("(default:") == len(module.SETTINGS) - required
+            assert out.split("usage:")[1].find(f"python {name}") > 0  # the docstring's commands
+        else:
+            assert re.fullmatch(r"error: .*--no-such-flag.*\n", err)
 
 
-OUT_OF_RANGE = "epochs 0, epochs 1.5, lr 0, lr inf, lr nan, lr x, weight-decay -1, beta2 1, noise-steps 1, batch-size -3, limit 0, seed -1, model big"
+def test_importing_the_scripts_does_nothing_and_needs_no_matplotlib(script, tmp_path):
+    modules = ", ".join(name[:-3] for name in SCRIPTS)
+    code = f"import sys; sys.path.insert(0, sys.argv[1][: -len('train.py')]); import {modules}"
+    process = script("train.py", launcher=("-c", f"{code}; assert 'matplotlib' not in sys.modules"))
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flag, value", [mistake.split() for mistake in OUT_OF_RANGE.split(", ")])
+def test_a_mistake_ends_in_one_line_without_a_traceback(script):
+    process = script("visualize.py", "--weights", "nowhere.pth")
+    assert process.returncode == 1
+    assert re.fullmatch(r"settings: .*\n", process.stdout)
+    assert re.fullmatch(r"error: nowhere.pth does not exist.*\n", process.stderr)
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------
+
+MISTAKES = (
+    "epochs 0, epochs 1.5, lr -1, lr inf, lr nan, lr x, lr 1e40, weight-decay -1, beta2 1, noise-steps 1, "
+    "noise-steps 1001, batch-size -3, limit 0, seed -1, model big, t-dim 65537, blocks 0, resume="
+)
+
+
+@pytest.mark.parametrize("flag, value", [re.split("[ =]", mistake) for mistake in MISTAKES.split(", ")])
 def test_values_out_of_range_are_refused(flag, value, capsys):
     with pytest.raises(SystemExit) as caught:
-        config.parse("", flag.replace("-", "_"), [f"--{flag}", value])
+        config.parse("", train.SETTINGS, argv=[f"--{flag}", value])
     assert caught.value.code == 2
     assert re.fullmatch(rf"error: argument --{flag}: .*\n", capsys.readouterr().err)
 
 
 def test_flags_go_before_presets_and_presets_before_defaults(capsys):
-    cfg = config.parse("", "preset lr batch_size seed", ["--preset", "reference", "--lr", "0.1"])
-    assert (cfg.lr, cfg.batch_size, cfg.seed) == (0.1, 8, 0)
-    assert capsys.readouterr().out == "settings: preset=reference lr=0.1 batch_size=8\n"
-    assert config.parse("", "lr seed", []).lr == config.SETTINGS["lr"].default
+    settings = {
+        "preset": Setting("default", ("default", "small"), "recipe"),
+        "size": Setting(10, whole(), "pixels"),
+        "count": Setting(3, whole(), "images"),
+        "widths": Setting((1, 2), whole(), "channels", 2),
+    }
+    presets = {"small": dict(size=5, count=2)}
+    cfg = config.parse("", settings, presets, ["--preset", "small", "--size", "7", "--widths", "3", "4"])
+    assert (cfg.size, cfg.count, cfg.widths) == (7, 2, (3, 4)) and cfg.given == {"preset", "size", "widths"}
+    assert capsys.readouterr().out == "settings: preset=small size=7 count=2 widths=(3, 4)\n"
+    assert config.parse("", settings, presets, []).size == 10
     assert capsys.readouterr().out == ""  # nothing differs
+    with pytest.raises(AttributeError):
+        cfg.size = 8
 
 
 def test_auto_picks_what_the_hardware_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    cpu = config.pick_device("auto")
+    cpu = device.pick("auto")
     assert cpu.type == "cpu"
     for avx512, amx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda a=avx512: a)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda a=amx: a)
         expected = torch.bfloat16 if avx512 or amx else torch.float32
-        assert config.pick_precision("auto", cpu) == expected
-    assert config.pick_precision("float32", cpu) == torch.float32
+        assert device.pick_precision("auto", cpu) == expected
+    assert device.pick_precision("float32", cpu) == torch.float32
     for capability, expected in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert config.pick_precision("auto", torch.device("cuda:0")) == expected
+        assert device.pick_precision("auto", torch.device("cuda:0")) == expected
 
 
-def test_overfit_brings_the_loss_to_zero(script, pictures, tmp_path):
-    process = script("overfit.py", "--dataset", "folder", "--data-dir", pictures)
-    assert process.returncode == 0, process.stderr
-    losses = [float(loss) for loss in re.findall(r"iteration +\d+  loss (\S+)", process.stdout)]
-    assert 0.5 < losses[0] < 2 and losses[-1] < 1e-5
+@pytest.mark.parametrize("name", ["hpu:0", "cuda:x", "", "nothing"])
+def test_a_device_that_cannot_be_used_is_refused(name):
+    with pytest.raises(config.UserError, match="cannot be used"):
+        device.pick(name)
+
+
+# ---- overfit.py -------------------------------------------------------------------------------------------------
+
+
+def test_overfit_brings_the_loss_to_zero(run_script, pictures, tmp_path):
+    args = ("--dataset", "folder", "--data-dir", pictures, "--widths", 16, 16, 32, "--t-dim", 8, "--device", "cpu")
+    code, out, err = run_script(overfit, *args, "--lr", 5e-3, "--target", 1e-2)
+    assert code == 0, err
+    losses = [float(loss) for loss in re.findall(r"iteration +\d+  loss (\S+)", out)]
+    assert 0.5 < losses[0] < 2 and losses[-1] < 1e-2
     assert Image.open(tmp_path / "model/res/comparison_result_overfit.png").width > 600
 
 
-def test_overfit_says_when_the_loss_does_not_get_there(script, pictures):
-    process = script("overfit.py", "--dataset", "folder", "--data-dir", pictures, "--iterations", 3)
-    assert process.returncode == 1
-    assert re.fullmatch(r"error: the loss stopped at .*lower --lr.*", last_line(process.stderr))
-    process = script("overfit.py", "--dataset", "folder", "--data-dir", pictures, "--lr", 1e6, "--iterations", 9)
-    assert process.returncode == 1 and "stopped at nan" in process.stderr
-    process = script("overfit.py", "--t", 10)
-    assert process.returncode == 1
-    assert last_line(process.stderr) == "error: --t 10 is outside 1 ... 9; lower it"
+@pytest.mark.slow
+def test_overfit_with_its_defaults_brings_the_loss_to_zero(run_script, pictures):
+    code, out, err = run_script(overfit, "--dataset", "folder", "--data-dir", pictures)
+    assert code == 0, err
+    assert float(re.findall(r"loss (\S+)", out)[-1]) < 1e-5
 
 
-def test_train_then_visualize(script, pictures, tmp_path):
-    process = script("visualize.py", "--curves")  # before there is anything to draw
-    assert process.returncode == 1 and re.fullmatch(r"error: .*train.py first.*", last_line(process.stderr))
-    args = ("--dataset", "folder", "--data-dir", pictures, "--epochs", 2, "--batch-size", 8)
-    process = script("train.py", *args, "--tensorboard", "--save-model-epochs", 2)
-    assert process.returncode == 0, process.stderr
-    assert "model saved: model/unet32_e1.pth" in process.stdout
-    # Where the package is missing: one line, and the run goes on.
-    installed = importlib.util.find_spec("tensorboard") is not None
-    assert process.stderr.count("pip install tensorboard") == (0 if installed else 1)
-    assert (tmp_path / "model/tensorboard").is_dir() == installed
-    process = script("visualize.py", "--images", 3)
-    assert "figure saved: model/res/comparison_result_unet32_e1.png" in process.stdout, process.stderr
-    process = script("visualize.py", "--curves")
-    assert "figure saved: model/res/curves.png" in process.stdout, process.stderr
-    process = script("visualize.py", "--strip", "--t", 4, "--images", 2)
-    assert "figure saved: model/res/steps_unet32_e1.png" in process.stdout, process.stderr
+def test_overfit_says_when_the_loss_does_not_get_there(run_script, pictures):
+    args = (*TINY, "--dataset", "folder", "--data-dir", pictures)
+    code, _, err = run_script(overfit, *args, "--iterations", 3)
+    assert code == 1 and re.fullmatch(r"error: the loss stopped at .*lower --lr.*\n", err)
+    code, _, err = run_script(overfit, *args, "--lr", 1e20, "--iterations", 9)
+    assert code == 1 and "stopped at nan" in err
+    code, _, err = run_script(overfit, "--t", 10)
+    assert code == 1 and err == "error: --t 10 is outside 1 ... 9; lower it\n"
+
+
+# ---- visualize.py -----------------------------------------------------------------------------------------------
+
+
+def test_train_then_visualize(run_script, pictures, tmp_path):
+    code, _, err = run_script(visualize, "--curves")  # before there is anything to draw
+    assert code == 1 and re.fullmatch(r"error: .*train.py first.*\n", err)
+    args = (*TINY, "--dataset", "folder", "--data-dir", pictures, "--epochs", 2, "--batch-size", 8)
+    code, out, err = run_script(train, *args, "--save-model-epochs", 2)
+    assert code == 0 and "model saved: model/unet32_e1.pth" in out, err
+    # The data are those of the training, the weights the newest by epoch, whatever the time of the file.
+    os.utime("model/unet32_e1.pth", (0, 0))
+    code, out, err = run_script(visualize, "--images", 3)
+    assert "figure saved: model/res/comparison_result_unet32_e1.png" in out, err
+    assert f"4 test images of 4 pictures in {pictures}; weights: model/unet32_e1.pth" in out
+    code, out, err = run_script(visualize, "--curves")
+    assert "figure saved: model/res/curves.png" in out, err
+    code, out, err = run_script(visualize, "--strip", "--t", 4, "--images", 2)
+    assert "figure saved: model/res/steps_unet32_e1.png" in out, err
     for name in ("comparison_result_unet32_e1.png", "curves.png", "steps_unet32_e1.png"):
-        assert np.asarray(Image.open(tmp_path / "model/res" / name).convert("L")).std() > 10  # not blank
-    assert not list(tmp_path.rglob("*.tmp"))
+        assert looks_like_a_figure(tmp_path / "model/res" / name)
+    code, _, err = run_script(visualize, "--strip", "--t", 10)
+    assert code == 1 and err == "error: --t 10 is outside 1 ... 9; lower it\n"
+    assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_mistake_ends_in_one_line_without_a_traceback(script, tmp_path):
-    process = script("train.py", "--dataset", "folder", "--data-dir", "nowhere")
-    assert process.returncode == 1
-    assert last_line(process.stderr) == "error: nowhere is not a folder; --data-dir must name a folder of images"
-    assert "Traceback" not in process.stderr
+@pytest.mark.parametrize(
+    "log", [b"", b"epoch\n", b"\xff\x00\x80", b"epoch,train_loss,test_loss\n1e400,1,1\n", b"epoch\n" + b"9" * 200_000]
+)
+def test_a_damaged_log_is_said_in_one_line(log, run_script, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/log.csv").write_bytes(log)
+    code, _, err = run_script(visualize, "--curves")
+    assert code == 1 and re.fullmatch(r"error: model.log.csv is empty or damaged.*\n", err)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_importing_a_script_does_nothing(name, script, tmp_path):
-    process = script(
-        name, launcher=("-c", f"import sys; sys.path.insert(0, sys.argv[1][: -len('{name}')]); import {name[:-3]}")
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
+def test_a_grid_of_any_number_of_steps_and_images(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 16, 20), dtype=torch.uint8)
+    calls = []
+
+    class Counting(unet.UNet):
+        def forward(self, x, t):
+            calls.append(len(x))
+            return super().forward(x, t)
+
+    model = Counting(widths=(4, 4, 8), t_dim=8, noise_steps=1000).train()
+    figures.comparison_grid(model, images, 1000, tmp_path / "grid.png", count=2)
+    assert looks_like_a_figure(tmp_path / "grid.png") and model.training
+    assert len(calls) == 3 * (1 + figures.MOST_STEPS) and set(calls) == {2}  # not a thousand
+    figures.panels(tmp_path / "one.png", [("white", torch.ones(3, 1, 1), torch.ones(3, 1, 1))])
+    assert Image.open(tmp_path / "one.png").width > 200
