@@ -20,7 +20,7 @@ import data
 import diffusion
 import unet
 from config import Setting, real, whole
-from support import channels, checkpoint, device, muon, script
+from support import channels, checkpoint, device, memory, muon, script
 from support.held_out import channels_in_use, held_out_loss
 from support.loggers import LOGGERS
 from support.run import Run, begin, load_images
@@ -118,6 +118,7 @@ def make_optimizer(cfg, model):
 
 
 def main():
+    memory.keep_freed_memory()  # for the next step
     cfg, saved, folder = begin(config.parse(__doc__, SETTINGS, PRESETS), SETTINGS)
     if cfg.sigma_range and not cfg.sigma_range[0] < cfg.sigma_range[1]:
         raise config.UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")

@@ -226,7 +226,7 @@ class Run:
         row, cfg = self.log[-1], self.cfg
         self.world.say(
             f"epoch {row['epoch'] + 1}/{cfg.epochs}: train loss {row['train_loss']:.4f}, "
-            f"held-out loss {row['test_loss']:.4f}, {row['images_per_second']:.0f} images/s, "
+            f"held-out loss {row['test_loss']:.4f}, {row['images_per_second']:.1f} images/s, "
             f"{row['channels_in_use']:.0%} of the channels of {row['of_block']} in use, {self.time_left()} left"
         )
         self.to_loggers(lambda logger: logger.log(self.log))
