@@ -144,10 +144,10 @@ def test_a_device_that_cannot_be_used_is_refused(name):
 
 def test_overfit_brings_the_loss_to_zero(run_script, pictures, tmp_path):
     args = ("--dataset", "folder", "--data-dir", pictures, "--widths", 16, 16, 32, "--t-dim", 8, "--device", "cpu")
-    code, out, err = run_script(overfit, *args, "--lr", 5e-3, "--target", 1e-2)
+    code, out, err = run_script(overfit, *args, "--lr", 5e-3, "--target", 3e-2)
     assert code == 0, err
     losses = [float(loss) for loss in re.findall(r"iteration +\d+  loss (\S+)", out)]
-    assert 0.5 < losses[0] < 2 and losses[-1] < 1e-2
+    assert 0.5 < losses[0] < 2 and losses[-1] < 3e-2
     assert Image.open(tmp_path / "model/res/comparison_result_overfit.png").width > 600
 
 
