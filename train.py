@@ -32,9 +32,9 @@ PRESETS = {
     "reference": dict(epochs=20, batch_size=8, lr=2e-4, beta2=0.999, warmup_steps=0, schedule="cosine", flip=False,
                       precision="float32"),
     # Photographs at full resolution, for denoise.py.
-    "photographs": dict(dataset="folder", crop_size=64, fresh_crops=True, crops_per_image=20, augment=True,
+    "photographs": dict(dataset="folder", crop_size=64, fresh_crops=True, crops_per_image=10, augment=True,
                         noise="mixed", sigma_range=(1.0, 100.0), init="model/unet32.pth", optimizer="muon",
-                        batch_size=8, epochs=4, lr=1e-3, beta2=0.99, recycle=0.5),
+                        batch_size=8, epochs=6, lr=3e-4, beta2=0.99, recycle=1e-6),
 }  # fmt: skip
 
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
