@@ -34,11 +34,11 @@ PRESETS = {
     # Photographs at full resolution, for denoise.py.
     "photographs": dict(dataset="folder", crop_size=64, fresh_crops=True, crops_per_image=10, augment=True,
                         noise="mixed", sigma_range=(1.0, 100.0), init="model/unet32.pth", optimizer="muon",
-                        batch_size=8, epochs=6, lr=3e-4, beta2=0.99, recycle=1e-6),
+                        batch_size=8, epochs=6, lr=3e-4, beta2=0.99, recycle=1),
 }  # fmt: skip
 
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
-RECYCLE = "share of the run in which every epoch begins with new kernels for channels not in use"
+RECYCLE = "epochs, from the first, that begin with new kernels for channels not in use"
 SETTINGS = data.SETTINGS | unet.SETTINGS | {
     # the noise
     "continuous_t":        Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
@@ -52,7 +52,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "batch_size":          Setting(16, whole(), "images an update, over all ranks together"),
     "lr":                  Setting(2e-3, real(0, 1e3), "peak learning rate"),
     "beta2":               Setting(0.95, real(0, 0.999999), "AdamW's decay of the squared gradient; beta1 is 0.9"),
-    "recycle":             Setting(0.0, real(0, 1), RECYCLE),
+    "recycle":             Setting(0, whole(0), RECYCLE),
     "weight_decay":        Setting(0.01, real(0), "decoupled weight decay"),
     "warmup_steps":        Setting(100, whole(0), "updates over which the learning rate rises linearly from 0"),
     "schedule":            Setting("linear", ("linear", "cosine", "constant"), RATE),

@@ -177,9 +177,8 @@ class Run:
         return self.bar
 
     def recycling_is_due(self):
-        """At the first step of an epoch, in the share of the run that cfg.recycle says."""
-        total = self.cfg.epochs * self.steps_per_epoch
-        return self.step % self.steps_per_epoch == 0 and self.step < self.cfg.recycle * total
+        """At the first step of each of the first cfg.recycle epochs."""
+        return self.step % self.steps_per_epoch == 0 and len(self.log) < self.cfg.recycle
 
     def after_step(self, loss):
         """Count the step, show it, save if that is due. Raises Stopped after a signal."""

@@ -65,7 +65,7 @@ def test_recycling_opens_channels_and_hardly_changes_the_output(batch):
 
 def test_a_resumed_run_that_recycles_is_the_same_run(run, monkeypatch):
     monkeypatch.setattr(channels, "THRESHOLD", 0.5)  # so that there is something to recycle
-    run("--recycle", 1, "--epochs", 3, "--optimizer", "muon", *SMALL)
+    run("--recycle", 3, "--epochs", 3, "--optimizer", "muon", *SMALL)
     straight = checkpoint.load("model/unet32_e2.pth")
     run("--resume", "model/unet32_e0.pth", "--out-dir", "again", "--device", "cpu")
     assert states_equal(straight, checkpoint.load("again/unet32_e2.pth"))
