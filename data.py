@@ -15,7 +15,7 @@ from config import Setting, UserError, name, whole
 from support.crops import Crops
 from support.datasets import DATASETS, automatic
 from support.device import memory_format
-from support.pictures import SIZE, DataError, read  # noqa: F401
+from support.pictures import SIZE, DataError, read, size_of  # noqa: F401
 from support.streams import CHOICE, HELD_OUT_NOISE, KERNELS, NOISE, ORDER, choice, generator  # noqa: F401
 
 TEST_BATCH = 250  # test images that are measured at once
@@ -59,7 +59,9 @@ def whole_pictures(split, cfg):
     def reader(path):
         return lambda: torch.from_numpy(read(path, cfg.max_pixels)).permute(2, 0, 1)
 
-    return [(relative, reader(path)) for relative, path in DATASETS[cfg.dataset].files(split, cfg)]
+    found = DATASETS[cfg.dataset].files(split, cfg)
+    good = [item for item in found if not cfg.skip_bad_images or min(size_of(item[1])) > 0]
+    return [(relative, reader(path)) for relative, path in good]
 
 
 def fingerprint(*splits):

@@ -58,7 +58,7 @@ class TimedRun:
         return train.lr_at(step, self.cfg, self.steps)
 
     def recycling_is_due(self):
-        return self.step % self.epoch_length == 0 and self.step < self.cfg.recycle * self.steps
+        return self.step % self.epoch_length == 0 and self.step // self.epoch_length < self.cfg.recycle
 
     def after_step(self, loss):
         self.step += 1

@@ -37,6 +37,7 @@ def held_out_batch(cfg, images, start):
 
 
 def channels_in_use(cfg, model, images):
-    """{block: share of its channels in use} on the first test images."""
+    """{block: share of its channels in use} on the first test images, at noise levels over the whole range."""
     x0, t, eps = held_out_batch(cfg, images[:90], 0)
+    t = 1 + torch.arange(len(t), device=t.device) * (cfg.noise_steps - 1) // len(t)
     return channels.in_use(model, diffusion.add_noise(x0, eps, t, cfg.noise_steps), t)
