@@ -102,6 +102,12 @@ def test_readme_is_short_and_its_lines_too():
     assert not [line for line in lines if len(line) > 120 and not line.startswith(("|", "<img"))]
 
 
+def test_readme_names_every_module():
+    modules = {path.name for path in [*ROOT.glob("*.py"), *(ROOT / "support").rglob("*.py")]}
+    named = set(re.findall(r"\w+\.py", README.read_text()))
+    assert modules - {"__init__.py", "hubconf.py"} <= named
+
+
 def test_readme_test_command_is_what_ci_runs():
     assert "`make test` runs the tests" in README.read_text()
     assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
