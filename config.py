@@ -111,7 +111,9 @@ def add_argument(parser, key, setting):
     else:
         choices = isinstance(setting.kind, tuple)
         options |= (
-            dict(choices=setting.kind) if choices else dict(type=setting.kind, metavar=key.split("_")[-1].upper())
+            dict(choices=setting.kind)
+            if choices
+            else dict(type=setting.kind, metavar="N" if isinstance(setting.count, int) else key.split("_")[-1].upper())
         )
         options["nargs"] = setting.count
     parser.add_argument(*filter(None, [setting.flag, "--" + key.replace("_", "-")]), **options)

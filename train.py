@@ -42,7 +42,7 @@ RECYCLE = "epochs, from the first, that begin with new kernels for channels not 
 SETTINGS = data.SETTINGS | unet.SETTINGS | {
     # the noise
     "continuous_t":        Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
-    "sigma_range":         Setting(None, real(0, 127), "lowest and highest sigma, of 255; None: that of the steps", 2),
+    "sigma_range":         Setting(None, real(0, 127), "lowest and highest sigma, of 255; None: those of the steps", 2),
     "noise":               Setting("white", ("white", "mixed"), "mixed: a share of the images gets correlated noise"),
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),

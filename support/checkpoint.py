@@ -330,7 +330,8 @@ def read(path):
             check_size(state, values, size)
             return state
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; train.py names every checkpoint that it saves") from None
+        hint = "restore it" if Path(path) in (SHIPPED, PHOTO) else "train.py names every checkpoint that it saves"
+        raise CheckpointError(f"{path} does not exist; {hint}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except CheckpointError:

@@ -67,7 +67,7 @@ def network_of(state):
 def check_network(state):
     """It must be one of ours, its arguments in range and those of the settings."""
     saved, network = state["config"], network_of(state)
-    must("network" in state or "widths" not in saved, "network", "there")
+    must("network" in state or "widths" not in saved, "network", "present")
     fits = isinstance(network, dict) and is_plain(network) and network.get("name") == saved["model"]
     must(fits, "network", f"a description of {saved['model']!r}")
     parameters = inspect.signature(unet.NETWORKS[saved["model"]]).parameters

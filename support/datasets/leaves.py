@@ -35,7 +35,7 @@ def recipe_name(text):
 
 
 SETTINGS = {
-    "leaves_recipe": Setting(None, recipe_name, "version of the dead leaves, as in their file's name; None: this one")
+    "leaves_recipe": Setting(None, recipe_name, "version of the dead leaves, as in their file's name; None: today's")
 }
 
 
