@@ -1,0 +1,161 @@
+"""The noise level that support/noise_level.py finds, beside the true one, for nine kinds of noise.
+
+    python -m benchmarks.noise_level --data-dir data/photographs                 flat places and the network
+    python -m benchmarks.noise_level --data-dir data/photographs --flat          flat places alone, much faster
+
+Prints, for every kind and level of noise, the share of the test pictures whose level is found within 15%, and the
+median of found / true. The true level is measured: see true_sigma.
+"""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+import config
+import data
+import denoise
+from config import Setting
+from diffusion import GREY_LEVELS
+from support import device, noise_level, script
+
+SETTINGS = data.SETTINGS | device.SETTINGS | {
+    "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
+    "weights": Setting(None, config.name, "checkpoint; None: that of denoise.py"),
+    "flat":    Setting(False, bool, "look at flat places alone, not at the network's likelihood"),
+}  # fmt: skip
+LEVELS = (5, 10, 20, 40)  # grey levels of 255
+BLOCK = 16  # pixels, height and width of a flat place
+FLATTEST = 0.1  # of the picture's blocks that are not clipped: where the truth is measured
+
+
+def to_8_bits(x):
+    return np.clip(np.round(x), 0, 255).astype(np.uint8)
+
+
+def white(clean, sigma, random):
+    return clean + sigma * random.standard_normal(clean.shape)
+
+
+def blurred(radius):
+    """White noise after a Gaussian filter with a standard deviation of `radius` pixels, scaled back to sigma."""
+
+    def degrade(clean, sigma, random):
+        noise = random.standard_normal(clean.shape)
+        for axis in (1, 2):
+            frequency = np.fft.rfftfreq(noise.shape[axis])
+            shape = [-1 if i == axis else 1 for i in range(3)]
+            gain = np.exp(-2 * (np.pi * radius * frequency) ** 2).reshape(shape)
+            noise = np.fft.irfft(np.fft.rfft(noise, axis=axis) * gain, noise.shape[axis], axis)
+        return clean + sigma * noise / noise.std()
+
+    return degrade
+
+
+def photons(clean, sigma, random):
+    """A sensor's noise: of photons and of reading them, before a gamma of 2.2; of level sigma at 128 of 255."""
+    light, middle = (clean / 255) ** 2.2, (128 / 255) ** 2.2
+    read = 0.02  # of the variance in the middle is reading noise, the rest is proportional to the light
+    slope = 255 / 2.2 * middle ** (1 / 2.2 - 1)  # d output / d light
+    deviation = sigma / slope * np.sqrt(read + (1 - read) * light / middle)
+    return 255 * np.clip(light + deviation * random.standard_normal(clean.shape), 0, None) ** (1 / 2.2)
+
+
+def chroma(clean, sigma, random):
+    """Twice as strong in each of two orthonormal directions of chroma as in luma."""
+    noise = random.standard_normal(clean.shape)
+    luma = noise.mean(axis=0, keepdims=True)
+    return clean + sigma * (2 * noise - luma) / np.sqrt(3)
+
+
+def equal(clean, sigma, random):
+    """The same in all channels."""
+    return clean + sigma * random.standard_normal(clean.shape[1:])
+
+
+def jpeg(quality):
+    """White noise that was compressed as JPEG, its chroma at half resolution."""
+
+    def degrade(clean, sigma, random):
+        file = io.BytesIO()
+        noisy = to_8_bits(white(clean, sigma, random)).transpose(1, 2, 0)
+        Image.fromarray(noisy if len(clean) == 3 else noisy[..., 0]).save(file, "JPEG", quality=quality)
+        return np.atleast_3d(np.asarray(Image.open(file))).transpose(2, 0, 1)
+
+    return degrade
+
+
+KINDS = {
+    "white": white,
+    "blurred 0.5": blurred(0.5),
+    "blurred 0.8": blurred(0.8),
+    "photons": photons,
+    "chroma": chroma,
+    "equal": equal,
+    "JPEG 75": jpeg(75),
+    "JPEG 85": jpeg(85),
+    "JPEG 95": jpeg(95),
+}
+
+
+def degrade(kind, clean, sigma, seed=0):
+    """The clean pixels (C, H, W), uint8, with noise of the kind at level sigma of 255, as uint8."""
+    return to_8_bits(KINDS[kind](clean.astype(float), sigma, np.random.default_rng(seed)))
+
+
+def blocks(x):
+    """(C, H, W) cut into (N, C, BLOCK, BLOCK); what is left at the right and at the bottom is dropped."""
+    c, h, w = x.shape
+    x = x[:, : h // BLOCK * BLOCK, : w // BLOCK * BLOCK].reshape(c, h // BLOCK, BLOCK, w // BLOCK, BLOCK)
+    return x.transpose(1, 3, 0, 2, 4).reshape(-1, c, BLOCK, BLOCK)
+
+
+def true_sigma(clean, noisy):
+    """The root mean square of noisy - clean over pixels and channels of the flat places, in grey levels of 255.
+
+    Flat places are the FLATTEST blocks by the standard deviation of the clean picture, among those where at most 1% of
+    the noisy values are 0 or 255. Where these are less than a quarter of all, the least clipped quarter takes their
+    place.
+    """
+    clean, noisy = blocks(clean.astype(float)), blocks(noisy.astype(float))
+    clipped = ((noisy <= 0) | (noisy >= 255)).mean(axis=(1, 2, 3))
+    usable = clipped <= max(0.01, np.quantile(clipped, 0.25))
+    clean, noisy = clean[usable], noisy[usable]
+    spread = clean.var(axis=(2, 3)).mean(axis=1)
+    flat = np.argsort(spread)[: max(1, int(FLATTEST * len(spread)))]
+    return float(np.sqrt(np.square(noisy[flat] - clean[flat]).mean()))
+
+
+def row(kind, pictures, model, T):
+    """A row of the table: kind, and for each of LEVELS the share within 15% and the median of found / true."""
+    cells = []
+    for sigma in LEVELS:
+        ratios = []
+        for seed, (_, read) in enumerate(pictures):
+            clean = read().numpy()
+            noisy = degrade(kind, clean, sigma, seed)
+            found = GREY_LEVELS * noise_level.estimate(noisy, model, T).sigma
+            ratios.append(found / true_sigma(clean, noisy))
+        right = np.mean(np.abs(np.array(ratios) - 1) < 0.15)
+        cells.append(f"{right:.0%} ({np.median(ratios):.2f})")
+    return f"| {kind:11} |" + "".join(f" {cell:>12} |" for cell in cells)
+
+
+@torch.inference_mode()
+def main():
+    cfg = config.parse(__doc__, SETTINGS)
+    network = denoise.load(cfg.weights, cfg.device, cfg.precision)
+    model, T = (None, None) if cfg.flat else (network.model, network.trained.noise_steps)
+    pictures = data.whole_pictures("test", cfg)
+    print(f"{len(pictures)} pictures; {'flat places alone' if cfg.flat else f'flat places and {network.path}'}")
+    print("| within 15%  |" + "".join(f" {f'sigma {sigma}':>12} |" for sigma in LEVELS))
+    print("|---" + "|---" * len(LEVELS) + "|")
+    for kind in KINDS:
+        print(row(kind, pictures, model, T), flush=True)
+    clean = [GREY_LEVELS * noise_level.estimate(read().numpy(), model, T).sigma for _, read in pictures]
+    print(f"no noise added: at most 2 for {np.mean(np.array(clean) <= 2):.0%}, median {np.median(clean):.1f}")
+
+
+if __name__ == "__main__":
+    script.run(main)

@@ -1,0 +1,105 @@
+"""Noise levels of synthetic pictures, whose noise is known because it was added."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import noise_level as benchmark
+from diffusion import GREY_LEVELS
+from support import noise_level
+
+T = 10
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """Smooth colours with edges, (3, 128, 192) uint8: no pixel is clipped, a third is a texture of strong contrast."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:128, :192] / 64
+    waves = random.normal(0, 1, (3, 4, 3))
+    smooth = sum(
+        np.sin(w[:, 0, None, None] * x + w[:, 1, None, None] * y + w[:, 2, None, None])
+        for w in waves.transpose(1, 0, 2)
+    )
+    clean = 128 + 15 * smooth
+    clean[:, 40:90, 30:80] += np.array([30, -20, 10])[:, None, None]  # an edge
+    clean[:, :, 128:] += random.normal(0, 25, (128, 64))  # a lawn, say
+    return benchmark.to_8_bits(clean.clip(30, 225))
+
+
+def found(pixels, *args):
+    return GREY_LEVELS * np.array(noise_level.estimate(pixels, *args))
+
+
+@pytest.mark.parametrize("sigma", [5, 20])
+@pytest.mark.parametrize("kind", benchmark.KINDS)
+def test_every_kind_of_noise(picture, kind, sigma):
+    if kind.startswith("JPEG") and sigma == 5:
+        pytest.skip("it has hardly survived")
+    noisy = benchmark.degrade(kind, picture, sigma)
+    level, low, high = found(noisy)
+    true = benchmark.true_sigma(picture, noisy)
+    assert level == pytest.approx(true, rel=0.15)
+    assert low <= true <= high
+
+
+@pytest.mark.parametrize("kind", ["white", "blurred 0.8", "JPEG 95"])
+def test_grey(picture, kind):
+    grey = picture[:1]
+    noisy = benchmark.degrade(kind, grey, 20)
+    assert found(noisy)[0] == pytest.approx(benchmark.true_sigma(grey, noisy), rel=0.15)
+
+
+def test_depth_and_type_make_no_difference(picture):
+    noisy = benchmark.degrade("white", picture, 20)
+    expected = found(noisy)
+    np.testing.assert_allclose(found(noisy.astype(np.uint16) * 257), expected, rtol=1e-3)
+    np.testing.assert_allclose(found(noisy / GREY_LEVELS - 1), expected, rtol=1e-3)
+
+
+def test_clean(picture):
+    assert found(picture)[0] < 2
+
+
+def test_clipped_areas_are_no_flat_places(picture):
+    bright = picture.astype(float)
+    bright[:, 64:] = 280  # half of it is overexposed, and has lost its noise
+    noisy = benchmark.degrade("white", bright, 20)
+    assert (noisy == 255).mean() > 0.4
+    assert found(noisy)[0] == pytest.approx(20, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (33, 47)])
+@pytest.mark.parametrize("channels, value", [(1, 0), (3, 77), (3, 255)])
+def test_constant_pictures_have_no_noise(shape, channels, value):
+    pixels = np.full((channels, *shape), value, np.uint8)
+    assert np.abs(found(pixels, lambda x, t: torch.zeros_like(x), T)).max() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (1, 5000), (300, 700)])
+def test_pictures_of_any_shape(shape):
+    pixels = np.random.default_rng(0).integers(100, 140, (3, *shape)).astype(np.uint8)
+    assert np.isfinite(found(pixels)).all()
+    assert (found(pixels) <= 60).all()
+
+
+def test_a_small_picture_is_left_to_the_likelihood():
+    """For pixels x0 ~ N(0, s^2) the best eps_hat is sigma x / (s^2 + sigma^2), and the level is var(x) - s^2."""
+    s, sigma = 0.3, 0.2
+    random = np.random.default_rng(0)
+    x = random.normal(0, s, (3, 32, 32)) + random.normal(0, sigma, (3, 32, 32))
+
+    def optimal_eps(x, t):
+        level = (t / T)[:, None, None, None]
+        return level * x / (s**2 + level**2)
+
+    level = noise_level.estimate(x, optimal_eps, T)
+    assert level.sigma == pytest.approx(np.sqrt(x.var() - s**2), rel=0.05)
+    assert level.low < level.sigma < level.high
+
+
+def test_a_large_picture_is_sampled():
+    """24 megapixels, most of them never touched."""
+    tile = np.random.default_rng(0).normal(128, 10, (3, 400, 600)).round().astype(np.uint8)
+    pixels = np.broadcast_to(tile[:, None, :, None], (3, 10, 400, 10, 600)).reshape(3, 4000, 6000)
+    assert found(pixels)[0] == pytest.approx(10, rel=0.15)
