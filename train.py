@@ -94,9 +94,9 @@ def train(cfg, world, model, optimizer, x_train, x_test, run):
 
 def recycle(cfg, world, model, optimizer, x0, eps, t, run):
     """New kernels for channels that are not in use, measured on the batch at hand."""
-    x_t = diffusion.add_noise(x0, eps, t, cfg.noise_steps)
+    x_t, t = diffusion.add_noise(x0, eps, t, cfg.noise_steps), t.clone()
+    world.copy(x_t, t)  # all ranks must recycle the same channels, and forget the same moments
     count = channels.recycle(model, optimizer, x_t, t, data.generator("cpu", cfg.seed, data.KERNELS, run.step))
-    world.copy(model)  # the batch is another on each rank
     world.say(f"recycled {count} channels that were not in use")
 
 

@@ -1,7 +1,6 @@
 """What is measured on the held-out images after every epoch."""
 
 import torch
-import torch.distributed as dist
 
 import data
 import diffusion
@@ -14,8 +13,7 @@ def held_out_loss(cfg, world, model, images, signals):
     """The loss over uint8 `images`, on the same noise in every run: t is 1 ... T-1 in turn, see data.held_out_noise."""
     total = torch.zeros((), device=world.device)
     model.eval()
-    for buffer in model.buffers() if world.size > 1 else ():  # each rank has BatchNorm statistics of its own share
-        dist.broadcast(buffer, 0)
+    world.copy(*model.buffers())  # each rank has the BatchNorm statistics of its own share
     starts = range(0, len(images), world.size * data.TEST_BATCH)
     for start in progress_bar(starts, "held-out loss", world, delay=2, leave=False):
         i = start + world.rank * data.TEST_BATCH

@@ -64,10 +64,10 @@ class World(NamedTuple):
             dist.broadcast_object_list(box)
         return box[0]
 
-    def copy(self, model):
-        """Give every rank the weights of rank 0."""
-        for parameter in model.parameters() if self.size > 1 else ():
-            dist.broadcast(parameter.data, 0)
+    def copy(self, *tensors):
+        """Give every rank the values that rank 0 has in these tensors."""
+        for x in tensors if self.size > 1 else ():
+            dist.broadcast(x, 0)
 
     @contextlib.contextmanager
     def first_of_machine(self):

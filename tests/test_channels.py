@@ -1,9 +1,13 @@
 """Channels in use, and recycling those that are not."""
 
+import types
+
 import pytest
 import torch
 from conftest import SMALL, states_equal
 
+import config
+import train
 from support import channels, checkpoint
 from unet import PlainUNet, UNet
 
@@ -73,3 +77,30 @@ def test_a_resumed_run_that_recycles_is_the_same_run(run, monkeypatch):
     assert not torch.equal(
         straight["model"]["final.weight"], checkpoint.load("without/unet32_e2.pth")["model"]["final.weight"]
     )
+
+
+def test_every_rank_recycles_the_channels_of_rank_0():
+    """Each has a share of the batch of its own; weights and moments must stay the same on all."""
+    of_rank_0, results = [], []
+
+    def copy(*tensors):
+        of_rank_0.extend(x.clone() for x in tensors[len(of_rank_0) :])
+        for x, value in zip(tensors, of_rank_0):
+            x.copy_(value)
+
+    world = types.SimpleNamespace(copy=copy, say=lambda text: None)
+    cfg = config.defaults(train.SETTINGS)
+    for rank in (0, 1):
+        model, random = network(), torch.Generator().manual_seed(rank)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        model.enc1.conv2.bias.data[:] = 100.0
+        model.bottleneck.conv2.bias.data[:] = -1.5  # some channels open on one half of the batch only
+        x0, eps = torch.randn(2, 4, 3, 16, 16, generator=random)
+        t = torch.tensor([1, 3, 5, 9]) - rank
+        train.recycle(cfg, world, model, optimizer, x0, eps, t, types.SimpleNamespace(step=0))
+        assert t.tolist() == [1 - rank, 3 - rank, 5 - rank, 9 - rank]  # the step trains on the rank's own share
+        results.append((model.state_dict(), optimizer.state_dict()["state"]))
+    assert states_equal(*results)
