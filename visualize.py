@@ -44,9 +44,10 @@ def load_run(cfg):
 
 def draw_curves(out_dir):
     """Draw out_dir/log.csv; returns the figure's path. Raises UserError."""
-    log, path = Path(out_dir) / "log.csv", figure_path(out_dir, "curves")
+    log = Path(out_dir) / "log.csv"
     if not log.is_file():
         raise UserError(f"{log} does not exist; run train.py first, or name the run's folder with --out-dir")
+    path = figure_path(out_dir, "curves")
     try:
         with open(log, newline="") as file:
             figures.curves(list(csv.DictReader(file)), path)
