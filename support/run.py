@@ -76,8 +76,11 @@ def begin(cfg, settings):
 
 
 def settings_of(saved, cfg, settings):
-    """cfg with the checkpoint's settings. Raises CheckpointError if one that was typed contradicts them."""
-    values = {name: value for name, value in saved["config"].items() if name in settings and name not in PER_START}
+    """cfg with the checkpoint's settings. Raises CheckpointError if one that was typed contradicts them.
+
+    A setting that an earlier version did not have stands at its default, at which it changes nothing.
+    """
+    values = {name: saved["config"].get(name, settings[name].default) for name in settings.keys() - PER_START}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     config.check(values, settings, cfg.resume)
     for name in cfg.given & values.keys() - MAY_CHANGE:
@@ -100,6 +103,12 @@ def load_images(cfg, world):
     if len(x_train) < cfg.batch_size:
         raise UserError(f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}")
     about = dict(source=source, test_source=test_source, fingerprint=data.fingerprint(x_train, x_test))
+    start = cfg.resume, about["fingerprint"]
+    if world.agree(start) != start:
+        raise UserError(
+            f"process {world.rank} finds other images or another checkpoint than process 0; "
+            "every machine needs the same --data-dir and --out-dir"
+        )
     return x_train.to(world.device), x_test.to(world.device), about
 
 

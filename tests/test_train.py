@@ -1,10 +1,12 @@
 """Training: schedule and textbook recipe against PyTorch's own, exact resume, what is refused, several ranks."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
 import os
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,16 @@ def test_a_checkpoint_of_other_images_is_refused(run, pictures, tmp_path):
         run("--resume", "auto", "--data-dir", tmp_path / "others", "--epochs", 3)
 
 
+@pytest.mark.parametrize("of_process_0", [("model/unet32_e0.pth", "same"), (None, "other")])
+def test_processes_that_start_from_different_things_are_refused(monkeypatch, of_process_0):
+    """A machine may have other images, or see another --out-dir."""
+    monkeypatch.setattr(data, "load", lambda split, cfg: (torch.zeros(16, 3, 32, 32, dtype=torch.uint8), split))
+    monkeypatch.setattr(data, "fingerprint", lambda *splits: "same")
+    world = types.SimpleNamespace(rank=1, first_of_machine=contextlib.nullcontext, agree=lambda mine: of_process_0)
+    with pytest.raises(config.UserError, match=r"process 1 finds .* every machine needs the same --data-dir and"):
+        runs.load_images(config.defaults(train.SETTINGS), world)
+
+
 def test_what_cannot_be_resumed_is_said(run, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"nowhere/at.pth: there is no such file"):
         run("--resume", "nowhere/at.pth")
@@ -248,6 +260,8 @@ def test_a_run_of_an_earlier_version_goes_on_if_its_network_is_todays(run):
             with pytest.raises(checkpoint.CheckpointError, match=message):
                 run("--resume", "auto", "--epochs", 2, "--out-dir", folder)
         else:
+            with pytest.raises(checkpoint.CheckpointError, match="was trained with --noise white, not mixed"):
+                run("--resume", "auto", "--epochs", 2, "--out-dir", folder, "--noise", "mixed")
             run("--resume", "auto", "--epochs", 2, "--out-dir", folder)
             assert checkpoint.load(f"{folder}/unet32_e1.pth")["step"] == 8
 
