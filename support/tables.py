@@ -154,7 +154,9 @@ def clean(records):
     """Of clean pictures that the network denoised all the same. A record's method is the sigma that it was told."""
     rows = [[r.method, interval(r.values["psnr"]), r.values["psnr"].min().item()] for r in records]
     columns = {"sigma told": 0, "PSNR": 2, "lowest PSNR": 2}
-    return dict(title=f"PSNR of clean pictures after denoising, {records[0].count:,} pictures", columns=columns, rows=rows)
+    return dict(
+        title=f"PSNR of clean pictures after denoising, {records[0].count:,} pictures", columns=columns, rows=rows
+    )
 
 
 # ---- the figure -----------------------------------------------------------------------------------------------------
