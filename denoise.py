@@ -137,14 +137,15 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
         x0_hat = diffusion.denoise_steps(model, x_t, t, T, steps)[0, :, : part.shape[1], : part.shape[2]]
         return pixels.from_x(x0_hat / gain, part.dtype)
 
+    level = level_of(source, network) if sigma is None else Level(sigma, sigma, sigma)
     clean = torch.empty_like(source)
     with torch.inference_mode(), device.autocast(network.device, network.precision):
-        level = level_of(source, network) if sigma is None else Level(sigma, sigma, sigma)
         t = diffusion.t_of(torch.tensor([gain * strength * level.sigma], device=network.device), T)
         tiles.by_tiles(denoise_part, source, clean, size * min(steps, 3), steps * margin)
     return Result(clean.expand_as(noisy), level, gain)
 
 
+@torch.inference_mode()
 def level_of(source, network):
     """The estimated Level of the noise in pixels (C, H, W)."""
     model = None if network.trained.model == "plain" else network.model  # which does not know noise levels
@@ -163,21 +164,21 @@ def denoise_file(source, target, network, cfg):
     del image  # of a large picture, memory that the network needs
     result = run(network, noisy, cfg.sigma and cfg.sigma / GREY_LEVELS, cfg.strength, cfg.steps)
     picture_files.write(pack(result.clean), target, options, cfg.overwrite)
-
-    def write_figure(extra, figure):
-        picture_files.write(figure, picture_files.beside(target, extra), {"format": "PNG"}, cfg.overwrite)
-
-    if cfg.compare:
-        write_figure("compare", sheets.before_after(noisy, result.clean))
-    if cfg.sheet:
-        write_figure(
-            "sheet", sheets.strengths(noisy, result.level.sigma, lambda x, sigma: run(network, x, sigma).clean)
-        )
+    draw = {
+        "compare": lambda: sheets.before_after(noisy, result.clean),
+        "sheet": lambda: sheets.strengths(noisy, result.level.sigma, lambda x, sigma: run(network, x, sigma).clean),
+    }
+    for extra in extras_of(cfg):
+        picture_files.write(draw[extra](), picture_files.beside(target, extra), {"format": "PNG"}, cfg.overwrite)
     found = f"{cfg.sigma:g} (given)" if cfg.sigma else "{} (estimated; {} to {})".format(*map(grey, result.level))
     factor = f", times {cfg.strength:g}" if cfg.strength != 1 else ""
     tqdm.write(f"{source} -> {target}  sigma {found}{factor}")
     for doubt in [f"its {what} cannot be stored there" for what in lost] + doubts(noisy, result, network, cfg):
         tqdm.write(f"WARNING: {source}: {doubt}", sys.stderr)
+
+
+def extras_of(cfg):
+    return [extra for extra in ("compare", "sheet") if getattr(cfg, extra)]
 
 
 def doubts(noisy, result, network, cfg):
@@ -204,8 +205,7 @@ def grey(sigma):
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     memory.keep_freed_memory()  # for the next tile
-    extras = [extra for extra in ("compare", "sheet") if getattr(cfg, extra)]
-    pairs = picture_files.plan(cfg.inputs, cfg.output, cfg.overwrite, extras)
+    pairs = picture_files.plan(cfg.inputs, cfg.output, cfg.overwrite, extras_of(cfg))
     network = load(cfg.weights, cfg.device, cfg.precision)
     for folder in {target.parent for _, target in pairs}:
         script.make_folder(folder)
