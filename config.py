@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 
 class UserError(Exception):
-    """A mistake of the user's. Its text, one line, says what is wrong and what to do."""
+    """A user's mistake. Its text, one line, says what is wrong and what to do."""
 
 
 REQUIRED = object()  # the default of a setting that must be given
@@ -61,12 +61,12 @@ positive = number(float, 0, above=True)
 def name(text):
     """Converter: a file's or folder's name, which must not be empty."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError("must be a name, and is empty")
+        raise argparse.ArgumentTypeError("must be a name, not empty")
     return text
 
 
 def name_ending(suffix):
-    """Converter: a file name with this suffix, so that a slip cannot hit a file of another kind."""
+    """Converter: a file name with this suffix, so that a typing mistake cannot replace a file of another kind."""
 
     def convert(text):
         if not text.endswith(suffix):
@@ -129,7 +129,7 @@ def check(values, settings, source):
     """Hold `values`, read from the file `source`, to the ranges of the command line. Raises UserError."""
     for key in settings.keys() & values.keys():
         if not allows(settings[key], values[key]):
-            raise UserError(f"{source} says {key} = {str(values[key])[:80]}, which is no value of it; use another file")
+            raise UserError(f"{source} says {key} = {str(values[key])[:80]}, which is out of range; use another file")
 
 
 def allows(setting, value):

@@ -15,10 +15,10 @@ from config import Setting, UserError, name, whole
 from support.crops import Crops
 from support.datasets import DATASETS, automatic
 from support.device import memory_format
-from support.pictures import SIZE, DataError, read, size_of  # noqa: F401
+from support.pictures import SIZE, read, size_of  # noqa: F401
 from support.streams import CHOICE, HELD_OUT_NOISE, KERNELS, NOISE, ORDER, choice, generator  # noqa: F401
 
-TEST_BATCH = 250  # test images that are measured at once
+TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
     "dataset": Setting("auto", ("auto", *DATASETS), "auto: cifar10 if it is there or can be downloaded, else leaves"),
     "data_dir": Setting("data", name, "folder the images are in, or are downloaded or cached to"),
@@ -41,7 +41,7 @@ def load(split, cfg):
 
 
 def resolve(cfg):
-    """cfg with what "auto" and other open settings of the data stand for. Raises UserError."""
+    """cfg with "auto", and other data settings left open, replaced by what they stand for. Raises UserError."""
     cfg = dataclasses.replace(cfg, dataset=automatic(cfg.data_dir) if cfg.dataset == "auto" else cfg.dataset)
     chosen = DATASETS[cfg.dataset]
     for other, module in DATASETS.items():

@@ -50,11 +50,11 @@ def noise_loss(model, x0, eps, t, T):
 
 
 def correlate(eps, random, share=1 / 3):
-    """Noise as cameras and scanners leave it, from white noise eps (B, 3, H, W) of unit variance: the same, but that of
-    a `share` of the images is blurred and coloured.
+    """Noise like that of cameras and scanners, from white noise eps (B, 3, H, W) of unit variance.
 
-    The blur is a Gaussian of 0 to 0.8 pixels; differences between the channels become 0 to 2 times as strong as what
-    they have in common (0: equal in all three). The variance over the channels stays 1.
+    In a `share` of the images it is blurred and coloured, in the others it stays white. The blur is a Gaussian of 0 to
+    0.8 pixels; the differences between the channels become 0 to 2 times as strong (0: all three are equal). The mean
+    variance of the channels stays 1.
     """
     chosen, width, chroma = torch.rand(3, len(eps), 1, 1, 1, generator=random, device=eps.device)
     chosen, width, chroma = (chosen < share).float(), 0.8 * width, 2 * chroma
@@ -143,9 +143,9 @@ def estimate_sigma(model, x_t, T, iterations=9):
 
 
 def grey(model):
-    """A model of colour images as one of y, (B, 1, H, W), their coordinate along (1, 1, 1) / sqrt(3).
+    """A model of colour images as a model of grey ones, given as y = sqrt(3) x, (B, 1, H, W).
 
-    A grey image is three equal channels, so the noise that they share is stronger than the model expects of it: the
-    image x with noise of level sigma is y = sqrt(3) x with noise of level sqrt(3) sigma on that axis, none on others.
+    A grey image x is a colour image of three equal channels. They share their noise, which is then stronger than the
+    model expects: along (1, 1, 1) / sqrt(3), where y is the coordinate, its level is sqrt(3) sigma, elsewhere 0.
     """
     return lambda y, t: model((y / math.sqrt(3)).expand(-1, 3, -1, -1), t).sum(dim=1, keepdim=True) / math.sqrt(3)

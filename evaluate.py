@@ -115,7 +115,7 @@ def report(cfg, about, made):
                 files.write_atomically(path, lambda file, c=content: file.write(c.encode()), replace=cfg.overwrite)
                 print(f"tables saved: {path}")
     except FileExistsError:  # it was not there at the start
-        raise UserError(f"{path} exists by now and was not replaced; the tables stand above") from None
+        raise UserError(f"{path} was created meanwhile and is not replaced; the tables are printed above") from None
     finally:
         print(text)
 

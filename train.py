@@ -28,7 +28,7 @@ from support.world import Signals, Stopped, join
 
 PRESETS = {
     "default": {},
-    # The recipe to compare with: AdamW as PyTorch has it, cosine annealing, no tricks.
+    # The recipe to compare with: AdamW with PyTorch's other defaults, cosine annealing, no tricks.
     "reference": dict(epochs=20, batch_size=8, lr=2e-4, beta2=0.999, warmup_steps=0, schedule="cosine", flip=False,
                       precision="float32"),
     # Photographs at full resolution, for denoise.py.
@@ -38,12 +38,12 @@ PRESETS = {
 }  # fmt: skip
 
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
-RECYCLE = "epochs, from the first, that begin with new kernels for channels not in use"
+RECYCLE = "how many of the first epochs begin with new kernels for channels not in use"
 SETTINGS = data.SETTINGS | unet.SETTINGS | {
     # the noise
     "continuous_t":        Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
     "sigma_range":         Setting(None, real(0, 127), "lowest and highest sigma, of 255; None: those of the steps", 2),
-    "noise":               Setting("white", ("white", "mixed"), "mixed: a share of the images gets correlated noise"),
+    "noise":               Setting("white", ("white", "mixed"), "mixed: a third of the images get correlated noise"),
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),
     "init":                Setting(None, config.name, "checkpoint whose weights to start from; None: random weights"),
@@ -63,9 +63,9 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     **device.SETTINGS,
     "compile":             Setting(None, bool, "compile the network, a minute at the start; None: on CUDA"),
     "out_dir":             Setting("model", config.name, "folder for checkpoints, log.csv and figures (in res/)"),
-    "save_model_epochs":   Setting(1, whole(), "epochs from one checkpoint to the next; the last is always saved"),
+    "save_model_epochs":   Setting(1, whole(), "epochs between checkpoints; the last is always saved"),
     "save_every_steps":    Setting(None, whole(), "save inside an epoch too, every so many updates; None: never"),
-    "sample_every_epochs": Setting(0, whole(0), "epochs from one comparison grid to the next; 0: none"),
+    "sample_every_epochs": Setting(0, whole(0), "epochs between comparison grids; 0: none"),
     "resume":              Setting(None, config.name, "checkpoint to go on from; auto: the newest of out_dir"),
     "overwrite":           Setting(False, bool, "replace the checkpoints of another run in out_dir"),
     "loggers":             Setting(("csv",), tuple(LOGGERS), "where the numbers of an epoch go", "*"),
@@ -124,7 +124,7 @@ def main():
         raise config.UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
     world = join(cfg.device, cfg.batch_size)
     precision = str(device.pick_precision(cfg.precision, world.device)).removeprefix("torch.")
-    # One answer of rank 0 for all: a download can fail on one machine and not on another.
+    # Rank 0's answer for all: a download can fail on one machine and not on another.
     dataset = world.agree(data.resolve(cfg).dataset if world.main else None)
     cfg = data.resolve(dataclasses.replace(cfg, dataset=dataset, precision=precision))
     x_train, x_test, about = load_images(cfg, world)

@@ -146,7 +146,7 @@ SETTINGS = {
 
 
 def describe(cfg):
-    """What a checkpoint keeps under "network": the name of the network of `cfg` and those settings that it takes."""
+    """What a checkpoint stores under "network": the name of the network of `cfg` and the settings that it takes."""
     arguments = inspect.signature(NETWORKS[cfg.model]).parameters
     return {"name": cfg.model} | {name: getattr(cfg, name) for name in SETTINGS if name in arguments}
 

@@ -103,7 +103,7 @@ def contenders_of(path):
         raise UserError(f'{path} must define CONTENDERS = {{"name": (factory, settings)}}')
     for name, (_, settings) in found.items():
         if unknown := settings.keys() - train.SETTINGS.keys():
-            raise UserError(f"{path}: {name} has the setting {min(unknown)}, which train.py has not")
+            raise UserError(f"{path}: {name} has the setting {min(unknown)}, which train.py does not have")
     return CONTENDERS | found
 
 

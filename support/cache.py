@@ -28,7 +28,7 @@ def cached(path, size, make, count=None):
     except FileNotFoundError:
         pass
     except Exception as error:  # the file can hold anything, and no content is worth stopping for
-        print(f"note: {path} is damaged or no cache of these images ({error}); making them again", file=sys.stderr)
+        print(f"note: {path} is damaged, or not a cache of these images ({error}); making them again", file=sys.stderr)
     images, about = make()
     try:
         write(path, images, about)

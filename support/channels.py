@@ -82,7 +82,7 @@ def recycle_block(model, block, optimizer, x_t, t, random):
 
 
 def outputs(model, parts, x_t, t):
-    """What each of `parts` of the model puts out, float32."""
+    """The output of each of `parts` of the model, float32."""
     found = {}
     hooks = [part.register_forward_hook(lambda part, _, output: found.update({part: output.float()})) for part in parts]
     model.forward(x_t, t)

@@ -40,7 +40,7 @@ def save(figure, path):
 def comparison_grid(model, images, T, path, count=6):
     """Save a grid: `count` of the uint8 images, original, noisy, one-step and multi-step estimate at three levels.
 
-    The images and the noise are the same at every call. Each cell bears its PSNR in dB against the original.
+    The images and the noise are the same at every call. Each cell shows its PSNR in dB against the original.
     """
     was_training = model.training
     model.eval()

@@ -13,7 +13,7 @@ def write_atomically(path, write, replace=True):
     """write(file) to a temporary file beside `path`, onto the disk, then renamed to `path`.
 
     At any moment `path` is absent, the old file or the whole new one. replace=False: never over a file that is there,
-    not even one that came into being meanwhile. Raises FileExistsError, or another OSError.
+    not even one that appeared meanwhile. Raises FileExistsError, or another OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ class CSV:
         self.path = Path(out_dir) / "log.csv"
 
     def log(self, rows):
-        """Take all rows so far, the last of which is new: so that the file tells of one run, resumed or not."""
+        """Take all rows so far, the last of which is new: so that the file is that of one run, resumed or not."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore")
         writer.writeheader()

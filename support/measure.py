@@ -123,7 +123,7 @@ def batches(images):
 
 
 def quality(x0_hat, x0, x_t, sigma):
-    """What the tables tell of estimates x0_hat of x0 from x_t = x0 + sigma * eps: a dict of (B,).
+    """What the tables show of estimates x0_hat of x0 from x_t = x0 + sigma * eps: a dict of (B,).
 
     loss is the mean squared error of eps_hat = (x_t - x0_hat) / sigma.
     """

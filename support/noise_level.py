@@ -2,10 +2,10 @@
 
     level = estimate(pixels, model, T)      # level.sigma, and a range: level.low, level.high
 
-Two witnesses are heard. Flat places show noise of every kind, but where a picture has none, they show its texture. The
-network's likelihood (diffusion.estimate_sigma) tells noise from texture, but hardly sees noise that is not white. Flat
-places are believed, but where only luma has noise, not much beyond the likelihood if that finds the noise white (the
-means of 2x2 pixels have half of it) or the places uneven. A small picture is left to the likelihood.
+Two estimates are combined. Flat places show noise of every kind, but where a picture has none, they show its texture.
+The network's likelihood (diffusion.estimate_sigma) tells noise from texture, but hardly sees noise that is not white.
+Flat places decide, except where only luma has noise: if it looks white there (the means of 2x2 pixels have half of it),
+or the flat places are uneven, they may exceed the likelihood by little. In a small picture the likelihood decides.
 """
 
 import math

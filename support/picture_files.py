@@ -17,7 +17,7 @@ LOSSY = {".jpg", ".jpeg", ".webp"}
 
 
 def plan(inputs, output, overwrite=False, extras=()):
-    """[(source, target), ...], the paths of every picture. Raises UserError for what is known to go wrong beforehand.
+    """[(source, target), ...], the paths of every picture. Raises UserError for what is bound to go wrong.
 
     inputs: names of files, and of folders with all below them. output: name of a file or of a folder. extras: names
     of what will be written beside every target, see `beside`.
@@ -89,7 +89,7 @@ def beside(target, extra):
 def options_for(image, path):
     """The options of Image.save that write `image` in the format of path's ending, with its profile and EXIF data.
 
-    Also the names of what it has to do without. A format that cannot hold such a picture is found here, on strips
+    Also the names of what must be left out. A format that cannot hold such a picture is found here, on strips
     that are as long as its sides. Raises DataError.
     """
     ending = path.suffix.lower()

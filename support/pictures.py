@@ -47,7 +47,9 @@ def image_files(root):
     seen, found, foreign = set(), [], []
 
     def refuse(error):
-        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}; change its rights or remove it")
+        raise DataError(
+            f"cannot read the folder {error.filename}: {error.strerror}; change its permissions or remove it"
+        )
 
     for path, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         if os.path.realpath(path) in seen:
@@ -73,7 +75,7 @@ def must_convert(path):
 
 
 def say_once(path, text, kind="note"):
-    """Print what is to be known of a file, for the first file of which it is true."""
+    """Print what the user should know about a file, only for the first file of which it is true."""
     if text not in said:
         said.add(text)
         tqdm.write(f"{kind}: {path}: {text}", sys.stderr)
@@ -85,9 +87,9 @@ def say_once(path, text, kind="note"):
 def read(path, max_pixels=100_000_000, convert=None):
     """convert(the picture in a file as an upright Pillow image); by default a uint8 array (H, W, 3), see rgb.
 
-    The image's mode is one that Pillow converts to RGB right, or I;16 with the full range 0 ... 65535 for grey of more
-    than 8 bits. What is lost or assumed is printed, once for each kind. Raises DataError if the file cannot be read or
-    has more than max_pixels, which are looked up before any is decoded.
+    The image's mode is one that Pillow converts to RGB correctly, or I;16 with the full range 0 ... 65535 for grey of
+    more than 8 bits. What is lost or assumed is printed, once for each kind. Raises DataError if the file cannot be
+    read or has more than max_pixels, which are looked up before any is decoded.
     """
     path = Path(path)
     if path.suffix.lower() in CONVERTERS:
@@ -111,7 +113,7 @@ def read(path, max_pixels=100_000_000, convert=None):
 
 
 def size_of(path):
-    """(width, height) from the head of a file, (0, 0) if it cannot be read."""
+    """(width, height) from the header of a file, (0, 0) if it cannot be read."""
     try:
         with open_picture(path) as image:
             return image.size
@@ -190,10 +192,10 @@ def full_range(image, tags, path):
         white = 2 ** (bits - signed) - 1
     elif highest >= 2**16:
         white = highest
-        say_once(path, "grey values above 65535: the largest of the file is taken for white")
+        say_once(path, "grey values above 65535: the largest of the file is taken as white")
     elif highest < 2**12 and highest and image.format != "PPM":  # which says its range
         white = 2**8 - 1 if highest < 2**8 else 2**12 - 1  # as many cameras and microscopes write into 16 bits
-        say_once(path, f"no grey value of 16 bits is above {white}, which is taken for white")
+        say_once(path, f"no grey value of 16 bits is above {white}, which is taken as white")
     else:
         white = 2**16 - 1
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
@@ -202,7 +204,7 @@ def full_range(image, tags, path):
 
 
 def by_profile(image, path):
-    """A CMYK or LAB image as sRGB: by its colour profile; CMYK without one by the naive formula, which is printed."""
+    """A CMYK or LAB image as sRGB: by its colour profile; CMYK without one by the naive formula, with a note."""
     profile = image.info.pop("icc_profile", None)
     try:
         if image.mode == "CMYK" and profile is None:

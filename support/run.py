@@ -25,9 +25,9 @@ from config import UserError
 from support import channels, checkpoint, figures, loggers
 
 SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
-# A resumed run takes every setting that was not typed from its checkpoint, but for these, which belong to a start;
+# A resumed run takes the settings that were not typed from its checkpoint, except these, which belong to one start.
 PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers"}
-# and a setting that was typed must not contradict the checkpoint, but for these, which do not make it another run.
+# A setting that was typed must not contradict the checkpoint, except these, which do not make it another run.
 MAY_CHANGE = PER_START | {"data_dir", "init", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
 NEEDS = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
 
@@ -140,7 +140,7 @@ class Run:
         if saved["data"]["fingerprint"] != self.images["fingerprint"]:
             raise checkpoint.CheckpointError(
                 f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these "
-                f"({self.images['source']}); give --dataset and --data-dir as then, or start anew in another --out-dir"
+                f"({self.images['source']}); give the same --dataset and --data-dir, or start anew in another --out-dir"
             )
         if not 0 <= saved["step"] - len(saved["log"]) * self.steps_per_epoch <= self.steps_per_epoch:
             raise checkpoint.CheckpointError(f"{cfg.resume} contradicts itself: its step is not in its epoch")
@@ -264,7 +264,7 @@ class Run:
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         if not all(x.isfinite().all() for x in (sums, *self.model.state_dict().values(), *moments)):
             raise UserError(
-                f"not finite by step {self.step} at a learning rate of {self.lr:.1e}, not saved; lower --lr"
+                f"not finite by step {self.step} at a learning rate of {self.lr:.1e}, so nothing was saved; lower --lr"
             )
         if not world.main or self.step == 0:
             return False

@@ -75,7 +75,7 @@ def explain(error):
 
 
 def leave(code):
-    """End the script; what Python still wants to write to a broken stream at exit goes nowhere."""
+    """Flush both streams, and end the script unless the code is 0."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     if code:
@@ -86,4 +86,4 @@ def make_folder(folder):
     """Make a folder for what a script will write. Raises UserError or OSError before the work, not after it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise UserError(f"no permission to write into {folder}; change its rights or choose another output")
+        raise UserError(f"no permission to write into {folder}; change its permissions or choose another output")

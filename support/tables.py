@@ -151,7 +151,7 @@ def pictures(records, key, published):
 
 
 def clean(records):
-    """Of clean pictures that the network denoised all the same. A record's method is the sigma that it was told."""
+    """Of clean pictures that were denoised nevertheless. A record's method is the sigma that it was told."""
     rows = [[r.method, interval(r.values["psnr"]), r.values["psnr"].min().item()] for r in records]
     columns = {"sigma told": 0, "PSNR": 2, "lowest PSNR": 2}
     return dict(

@@ -110,7 +110,7 @@ class World(NamedTuple):
 
     def leave(self):
         if self.size > 1:
-            dist.barrier()  # nobody ends, and is taken for a failure, before rank 0 has saved
+            dist.barrier()  # no rank may end, and be taken for failed, before rank 0 has saved
             dist.destroy_process_group()
 
 
@@ -131,7 +131,7 @@ def join(device, batch_size):
             dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=own_gpu)  # a download can take long
         except (ValueError, RuntimeError) as error:  # MASTER_ADDR or MASTER_PORT missing, no number, or in use
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"the processes cannot meet ({reason}); start them with torchrun, on a free port") from None
+            raise UserError(f"the processes cannot connect ({reason}); use torchrun, on a free port") from None
     return World(rank, size, local_rank, device)
 
 
@@ -141,7 +141,7 @@ def ranks_of_environment():
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
         if not (text.isascii() and text.isdigit()):
-            raise UserError(f"the environment says {name}={text!r}, which is no number; unset it, or use torchrun")
+            raise UserError(f"the environment says {name}={text!r}, which is not a number; unset it, or use torchrun")
         values.append(int(text))
     rank, size, local_rank = values
     if not (local_rank <= rank < size):

@@ -465,7 +465,7 @@ def test_a_file_with_the_right_name_and_the_wrong_contents(stored, kind, capsys)
     path.write_bytes(WRONG[kind](good, images.numpy()))
     again, about = cached(path, 32, lambda: (images, {"pictures": 5}), count=5)
     assert torch.equal(again, images) and about == {"pictures": 5} and path.read_bytes() == good
-    assert f"note: {path} is damaged or no cache of these images" in capsys.readouterr().err
+    assert f"note: {path} is damaged, or not a cache of these images" in capsys.readouterr().err
     again, about = cached(path, 32, None, count=5)  # from the file
     assert torch.equal(again, images) and about == {"pictures": 5} and not capsys.readouterr().err
 

@@ -408,7 +408,7 @@ def test_files_that_exist_are_replaced_only_if_asked(untrained, run_script, tmp_
 
     monkeypatch.setattr(tables, "summary", meanwhile)
     code, out, err = run_script(*SMALL, "--markdown", "late.md")
-    assert code == 1 and "late.md exists by now" in err and "Summary, 1 images" in out
+    assert code == 1 and "late.md was created meanwhile" in err and "Summary, 1 images" in out
     assert (tmp_path / "late.md").read_text() == "mine"
 
 

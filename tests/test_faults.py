@@ -310,12 +310,12 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(start, run, tmp_path,
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK='', which is no number"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is no number"),
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK='', which is not a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is not a number"),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "contradict each other"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "contradict each other"),
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "no"}, "the processes cannot meet"),
-        ({"WORLD_SIZE": "2"}, "the processes cannot meet"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "no"}, "the processes cannot connect"),
+        ({"WORLD_SIZE": "2"}, "the processes cannot connect"),
     ],
 )
 def test_an_environment_that_is_no_torchruns_is_refused(run, monkeypatch, environment, message):

@@ -39,7 +39,7 @@ def read(split, data_dir):
             images = cifar10(data_dir, train=split == "train", download=True).data
     except PermissionError as error:
         raise DataError(
-            f"no permission to use {error.filename}; change its rights or choose another --data-dir"
+            f"no permission to use {error.filename}; change its permissions or choose another --data-dir"
         ) from None
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error) as error:
         raise DataError(

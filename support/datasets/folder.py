@@ -26,7 +26,7 @@ from support.cache import cached
 from support.pictures import SIZE, DataError
 from support.streams import choice
 
-HELD_OUT = 10  # of a folder without train/ and test/, one file in so many is a test image
+HELD_OUT = 10  # of a folder without train/ and test/, one file in this many is a test image
 HELD_OUT_CROPS = 256  # at least, where the test pictures are large enough
 SEED = 0  # of the fixed crops, so that runs with other seeds train on the same images
 SAMPLED = 100  # files whose size is looked up, to foresee the memory that all take
@@ -71,7 +71,7 @@ def load(split, cfg):
         good = read_all(split, named, cfg, crops)
         return torch.from_numpy(np.concatenate(good)), {"pictures": len(good)}
 
-    if len(named) == cfg.limit:  # a choice of the files is no reason to lose what is stored of all
+    if len(named) == cfg.limit:  # a few of the files must not replace what is stored of all
         images, about = make()
     else:
         path = cache_file(split, named, count, cfg)
