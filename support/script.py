@@ -66,8 +66,9 @@ def fail(reason):
 
 def explain(error):
     """What a RuntimeError of PyTorch means that is no fault of the code; any other is raised again."""
-    if "DefaultCPUAllocator" in str(error):
-        return "there is not enough memory; use fewer or smaller images, or a smaller network"
+    if lack := re.search(r"DefaultCPUAllocator.* allocate (\d+) bytes", str(error), re.S):
+        more = int(lack[1]) / 1e9
+        return f"there is not enough memory for {more:,.1f} GB more; use fewer or smaller images, or a smaller network"
     # What gloo and NCCL say when a peer is gone: Connection closed, Connection reset, Broken pipe, ...
     if os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|onnection", str(error)):
         return f"{error} (if another process of the run ended, see its message; go on with --resume auto)"

@@ -84,6 +84,15 @@ def test_a_mistake_ends_in_one_line_without_a_traceback(script):
     assert re.fullmatch(r"error: nowhere.pth does not exist.*\n", process.stderr)
 
 
+def test_a_lack_of_memory_is_said_with_its_amount(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # script.run replaces the streams
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    with pytest.raises(SystemExit) as caught:
+        scripts.run(lambda: torch.empty(10**15, dtype=torch.uint8))
+    assert caught.value.code == 1
+    assert re.fullmatch(r"error: there is not enough memory for 1,000,000.0 GB more; use .*\n", capsys.readouterr().err)
+
+
 # ---- settings ---------------------------------------------------------------------------------------------------
 
 MISTAKES = (
