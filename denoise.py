@@ -170,10 +170,8 @@ def denoise_file(source, target, network, cfg):
     }
     for extra in extras_of(cfg):
         picture_files.write(draw[extra](), picture_files.beside(target, extra), {"format": "PNG"}, cfg.overwrite)
-    found = f"{cfg.sigma:g} (given)" if cfg.sigma else "{} (estimated; {} to {})".format(*map(grey, result.level))
-    factor = f", times {cfg.strength:g}" if cfg.strength != 1 else ""
-    tqdm.write(f"{source} -> {target}  sigma {found}{factor}")
-    for doubt in [f"its {what} cannot be stored there" for what in lost] + doubts(noisy, result, network, cfg):
+    tqdm.write(f"{source} -> {target}  {describe(result.level, cfg.sigma, cfg.strength)}")
+    for doubt in [f"its {what} cannot be stored there" for what in lost] + doubts(noisy, result, network, cfg.strength):
         tqdm.write(f"WARNING: {source}: {doubt}", sys.stderr)
 
 
@@ -181,11 +179,17 @@ def extras_of(cfg):
     return [extra for extra in ("compare", "sheet") if getattr(cfg, extra)]
 
 
-def doubts(noisy, result, network, cfg):
+def describe(level, given, strength):
+    """The noise level as a text: `sigma 18 (estimated; 16 to 21)`. given: grey levels of 255, or None."""
+    found = f"{given:g} (given)" if given else "{} (estimated; {} to {})".format(*map(grey, level))
+    return f"sigma {found}" + (f", times {strength:g}" if strength != 1 else "")
+
+
+def doubts(noisy, result, network, strength):
     """Reasons to look at the result, at most one."""
     if pixels.rms_change(noisy, result.clean) < 1:
         return ["almost nothing was removed; try --sigma 15, 25 or 40"]
-    trained, assumed = network.trained, cfg.strength * result.level.sigma
+    trained, assumed = network.trained, strength * result.level.sigma
     end = 0.5 if getattr(trained, "continuous_t", False) else 1
     ends = [GREY_LEVELS * diffusion.sigma_of(t, trained.noise_steps) for t in (end, trained.noise_steps - end)]
     low, high = (level / result.gain for level in getattr(trained, "sigma_range", None) or ends)

@@ -631,7 +631,7 @@ def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
     def doubts(sigma):
         level = denoise.Level(sigma / 127.5 / 2, 0, 1)
         result = denoise.Result(clean, level, math.sqrt(3) if grey else 1)
-        return denoise.doubts(noisy, result, model, config.defaults(denoise.SETTINGS, strength=2))
+        return denoise.doubts(noisy, result, model, strength=2)
 
     assert doubts(0.6 * low) == doubts(high) == []
     for sigma in (0.4 * low, 1.2 * high):

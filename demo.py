@@ -1,0 +1,112 @@
+"""A page on which to denoise a picture by eye, for this machine alone.
+
+    pip install -r requirements-demo.txt
+    python demo.py                         then open the address that it prints, http://127.0.0.1:7860
+
+Drop a picture on it: the noise level is estimated, and before and after are compared under one slider. The picture
+that is saved is a PNG file of full size and depth. Nothing leaves the machine.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import config
+import denoise
+from config import Setting, UserError, whole
+from diffusion import GREY_LEVELS
+from support import memory, picture_files, pictures, pixels, script, sheets
+
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when Gradio is imported
+
+try:
+    import gradio as gr
+except ImportError:
+    gr = None
+
+SETTINGS = {
+    "port": Setting(None, whole(1, 65535), "of the page; None: the first that is free from 7860 on"),
+} | {key: denoise.SETTINGS[key] for key in ("weights", "max_pixels", "device", "precision")}  # fmt: skip
+
+SHOWN = 2000  # pixels, height and width of the largest picture that is sent to the browser; larger ones are reduced
+
+
+def clean(path, estimated, sigma, strength, network, max_pixels, folder):
+    """Denoise a picture file: ((before, after) to show, path of the PNG file in `folder`, what to say about it).
+
+    sigma: in grey levels of 255, ignored if it is to be estimated. Raises UserError.
+    """
+    image = pictures.read(path, max_pixels, pixels.writable)
+    target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(path).stem[:80]}_denoised.png"
+    options, _ = picture_files.options_for(image, target)
+    noisy, pack = pixels.unpack(image)
+    given = None if estimated else sigma
+    result = denoise.run(network, noisy, given and given / GREY_LEVELS, strength)
+    picture_files.write(pack(result.clean), target, options, overwrite=True)
+    notes = [denoise.describe(result.level, given, strength), *denoise.doubts(noisy, result, network, strength)]
+    if max(image.size) > SHOWN:
+        notes.append(f"shown reduced to {SHOWN} pixels; what you save has all {image.width} x {image.height}")
+    return tuple(sheets.shown(view, largest=SHOWN) for view in (noisy, result.clean)), str(target), "  \n".join(notes)
+
+
+def page(network, max_pixels, folder):
+    """The page, a gradio.Blocks."""
+
+    def update(path, estimated, sigma, strength):
+        if path is None:
+            return None, gr.DownloadButton(interactive=False), ""
+        try:
+            views, target, text = clean(path, estimated, sigma, strength, network, max_pixels, folder)
+        except (UserError, OSError, MemoryError) as error:
+            raise gr.Error(str(error) or "there is not enough memory", duration=None) from None
+        return views, gr.DownloadButton(value=target, interactive=True), text
+
+    with gr.Blocks(title="Denoise a picture", analytics_enabled=False, fill_width=True) as blocks:
+        gr.Markdown(f"## Denoise a picture\nwith `{network.path.name}`, on this machine: nothing leaves it")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                file = gr.File(label="Drop a picture here", file_types=sorted(pictures.IMAGE_FILES), height=140)
+                estimated = gr.Checkbox(True, label="Estimate the noise level")
+                sigma = gr.Slider(1, 100, 25, step=1, label="sigma, in grey levels of 255", interactive=False)
+                strength = gr.Slider(0.25, 3, 1, step=0.05, label="strength: more is smoother, less keeps more detail")
+                text = gr.Markdown(elem_id="text")
+                save = gr.DownloadButton("Save as PNG", variant="primary", interactive=False)
+            with gr.Column(scale=3):
+                view = gr.ImageSlider(label="before | after", format="png", max_height=900, interactive=False)
+        estimated.change(lambda yes: gr.Slider(interactive=not yes), estimated, sigma)
+        gr.on(
+            [file.change, estimated.change, sigma.change, strength.change],
+            update,
+            [file, estimated, sigma, strength],
+            [view, save, text],
+            trigger_mode="always_last",
+        )
+    return blocks
+
+
+def main():
+    cfg = config.parse(__doc__, SETTINGS)
+    if gr is None:
+        raise UserError("Gradio is not installed; run pip install -r requirements-demo.txt")
+    memory.keep_freed_memory()
+    network = denoise.load(cfg.weights, cfg.device, cfg.precision)
+    font = ["system-ui", "sans-serif"]  # of the machine: others would be fetched from the network
+    with tempfile.TemporaryDirectory() as folder:
+        blocks = page(network, cfg.max_pixels, folder)
+        _, address, _ = blocks.launch(
+            server_name="127.0.0.1",
+            server_port=cfg.port,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(font=font, font_mono=["monospace"]),
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+        print(f"open {address} in a browser; Ctrl-C ends")
+        blocks.block_thread()
+
+
+if __name__ == "__main__":
+    script.run(main)
+    os._exit(0)  # Ctrl-C: a picture that is being denoised must not hold up the end, or turn it into a crash
