@@ -156,7 +156,9 @@ class Signals:
         self.world, self.came = world, 0
 
     def __enter__(self):
-        self.handlers = {signum: signal.signal(signum, self.note) for signum in SIGNALS}
+        # What nohup ignores stays ignored. SIGINT, which a script's background jobs ignore too, is noted nevertheless.
+        noted = [signum for signum in SIGNALS if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN]
+        self.handlers = {signum: signal.signal(signum, self.note) for signum in noted}
         return self
 
     def __exit__(self, *_):

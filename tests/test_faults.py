@@ -53,6 +53,15 @@ def start(pictures, tmp_path):
         process.communicate()
 
 
+@pytest.fixture
+def not_ignored():
+    """Signals are not ignored, even where nohup started the tests."""
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 def wait_for(process, condition):
     """Until the condition holds; a process that ends before is a failure. No clock decides."""
     while not condition():
@@ -109,7 +118,7 @@ def test_a_run_stopped_at_any_step_is_the_same_run(run, monkeypatch, save_every_
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_saves_and_says_how_to_go_on(run, monkeypatch, capsys, signum, code):
+def test_a_signal_saves_and_says_how_to_go_on(run, monkeypatch, capsys, not_ignored, signum, code):
     at_step(monkeypatch, lambda step: signal.raise_signal(signum) if step == 2 else None)
     with pytest.raises(SystemExit) as stop:
         run("--epochs", 500, *SMALL)
@@ -140,6 +149,13 @@ def test_only_the_first_ctrl_c_is_caught():
         signals.note(signal.SIGINT, None)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_what_nohup_ignores_stays_ignored(not_ignored):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Signals(World(0, 1, 0, torch.device("cpu"))) as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert not signals.came and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_damaged_saves_do_not_crowd_out_whole_ones(run, monkeypatch):
