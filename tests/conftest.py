@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import train
+from support import script as scripts
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +54,34 @@ def run(pictures, tmp_path, monkeypatch):
         train.main()
 
     return run
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script(visualize, "--curves"): in this process, as a user runs it: (exit code, stdout, stderr)."""
+
+    def run(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+        streams = sys.stdout, sys.stderr
+        try:
+            scripts.run(module.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout, sys.stderr = streams
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def pair():
+    """Smooth random colours x0 (3, 3, 32, 32) in [-1, 1], and noisy ones that leave that range."""
+    random = torch.Generator().manual_seed(0)
+    small = torch.rand(3, 3, 6, 6, generator=random) * 2 - 1
+    x0 = torch.nn.functional.interpolate(small, size=(32, 32), mode="bicubic").clamp(-1, 1)
+    return x0, x0 + 0.3 * torch.randn(x0.shape, generator=random)
 
 
 TINY = ("--widths", 4, 4, 8, "--t-dim", 8)

@@ -1,6 +1,7 @@
 """What evaluate.py measures, against the parts that it is made of, and the script as a user runs it."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -25,15 +26,6 @@ needs_packages = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("skimage", "pywt", "bm3d")),
     reason="the packages of requirements-bench.txt are not installed",
 )
-
-
-@pytest.fixture
-def pair():
-    """Smooth random colours x0 (3, 3, 32, 32) in [-1, 1], and noisy ones that leave that range."""
-    random = torch.Generator().manual_seed(0)
-    small = torch.rand(3, 3, 6, 6, generator=random) * 2 - 1
-    x0 = torch.nn.functional.interpolate(small, size=(32, 32), mode="bicubic").clamp(-1, 1)
-    return x0, x0 + 0.3 * torch.randn(x0.shape, generator=random)
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------
@@ -187,22 +179,9 @@ def blur_alone(monkeypatch):
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys):
-    """run_script("--limit", 3): evaluate.py in this process, as a user runs it: (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--precision", "float32", *map(str, args)])
-        streams = sys.stdout, sys.stderr
-        try:
-            script.run(evaluate.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        finally:
-            sys.stdout, sys.stderr = streams
-        return code, *capsys.readouterr()
-
-    return run
+def run_script(run_script):
+    """run_script("--limit", 3): evaluate.py."""
+    return functools.partial(run_script, evaluate, "--device", "cpu", "--precision", "float32")
 
 
 def numbers_in(text):

@@ -9,15 +9,6 @@ import torch
 from support import metrics
 
 
-@pytest.fixture
-def pair():
-    """Smooth random colours x0 (3, 3, 32, 32) in [-1, 1], and noisy ones that leave that range."""
-    random = torch.Generator().manual_seed(0)
-    small = torch.rand(3, 3, 6, 6, generator=random) * 2 - 1
-    x0 = torch.nn.functional.interpolate(small, size=(32, 32), mode="bicubic").clamp(-1, 1)
-    return x0, x0 + 0.3 * torch.randn(x0.shape, generator=random)
-
-
 def grey_levels(x):
     return (x.double().clamp(-1, 1).numpy() + 1) * 127.5
 

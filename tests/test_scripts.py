@@ -24,23 +24,10 @@ TINY = ("--widths", 4, 4, 8, "--t-dim", 8, "--device", "cpu")
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys, tmp_path):
-    """run_script(visualize, "--curves"): in this process and an empty folder: (exit code, stdout, stderr)."""
+def run_script(run_script, monkeypatch, tmp_path):
+    """run_script(visualize, "--curves"), in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(module, *args):
-        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
-        streams = sys.stdout, sys.stderr
-        try:
-            scripts.run(module.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        finally:
-            sys.stdout, sys.stderr = streams
-        return code, *capsys.readouterr()
-
-    return run
+    return run_script
 
 
 def looks_like_a_figure(path):
