@@ -93,16 +93,12 @@ def main():
     font = ["system-ui", "sans-serif"]  # of the machine: others would be fetched from the network
     with tempfile.TemporaryDirectory() as folder:
         blocks = page(network, cfg.max_pixels, folder)
-        _, address, _ = blocks.launch(
-            server_name="127.0.0.1",
-            server_port=cfg.port,
-            share=False,
-            ssr_mode=False,
-            footer_links=[],
-            theme=gr.themes.Default(font=font, font_mono=["monospace"]),
-            quiet=True,
-            prevent_thread_lock=True,
-        )
+        options = dict(server_name="127.0.0.1", server_port=cfg.port, share=False, ssr_mode=False)
+        theme = gr.themes.Default(font=font, font_mono=["monospace"])
+        try:
+            _, address, _ = blocks.launch(**options, theme=theme, footer_links=[], quiet=True, prevent_thread_lock=True)
+        except OSError:
+            raise UserError(f"port {cfg.port or '7860 and the next'} cannot be used; choose another --port") from None
         print(f"open {address} in a browser; Ctrl-C ends")
         blocks.block_thread()
 

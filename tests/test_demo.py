@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -97,3 +98,15 @@ def test_the_page_is_for_this_machine_alone(network, monkeypatch, capsys):
     assert (asked["server_name"], asked["server_port"]) == ("127.0.0.1", 7)
     assert asked["share"] is False and asked["analytics"] is False and not asked["theme"]._stylesheets
     assert "open http://127.0.0.1:7 in a browser" in capsys.readouterr().out
+
+
+@needs_gradio
+def test_a_port_in_use(network, monkeypatch):
+    monkeypatch.setattr(denoise, "load", lambda *_: network)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--port", str(port)])
+        with pytest.raises(config.UserError, match=f"port {port} cannot be used; choose another --port"):
+            demo.main()
