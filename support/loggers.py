@@ -75,14 +75,18 @@ LOGGERS = {"csv": CSV, "tensorboard": TensorBoard, "wandb": WandB}
 
 
 def open_all(names, out_dir, settings):
-    """The loggers of these names. settings: a dict of the run's. Raises UserError if a package is not installed."""
+    """The loggers of these names. settings: a dict of the run's. Raises UserError if one cannot start."""
+    return [start(name, out_dir, settings) for name in dict.fromkeys(names)]
+
+
+def start(name, out_dir, settings):
     try:
-        return [LOGGERS[name](out_dir, settings) for name in dict.fromkeys(names)]
+        return LOGGERS[name](out_dir, settings)
     except ImportError as error:
-        package = (error.name or "tensorboard").partition(".")[0]
-        raise UserError(
-            f"--loggers needs the package {package}, which is not installed; pip install {package}"
-        ) from None
+        package = (error.name or name).partition(".")[0]
+        raise UserError(f"--loggers {name} needs the package {package}; pip install {package}") from None
+    except Exception as error:  # not logged in, no network: each package raises its own kinds
+        raise UserError(f"--loggers {name} cannot start ({error}); leave it out to train without it") from None
 
 
 def read_figure(path):

@@ -351,3 +351,19 @@ def test_a_logger_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
     monkeypatch.setitem(loggers.LOGGERS, "csv", Broken)
     run("--epochs", 1, *SMALL)
     assert "the log could not be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ImportError("no", name="wandb.sdk"), "--loggers csv needs the package wandb; pip install wandb"),
+        (RuntimeError("not logged in"), r"--loggers csv cannot start \(not logged in\); leave it out"),
+    ],
+)
+def test_a_logger_that_cannot_start_is_refused_in_one_line(run, monkeypatch, error, message):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setitem(loggers.LOGGERS, "csv", fail)
+    with pytest.raises(UserError, match=message):
+        run("--epochs", 1, *SMALL)
