@@ -93,7 +93,8 @@ def parse(doc, settings, presets=None, argv=None):
     given = vars(parser.parse_args(argv))
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     cfg = defaults(settings, **{**(presets or {}).get(given.get("preset"), {}), **given})
-    changed = [f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if k in settings and v != settings[k].default]
+    usual = {key: setting.default for key, setting in settings.items()}
+    changed = [f"{key}={getattr(cfg, key)}" for key in usual if usual[key] not in (getattr(cfg, key), REQUIRED)]
     if changed and os.environ.get("RANK", "0") == "0":
         print("settings:", *changed)
     return dataclasses.replace(cfg, given=frozenset(given))

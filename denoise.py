@@ -105,7 +105,7 @@ def load_once(path, changed, device_name, precision):
     margin = tiles.margin_of(tiles.receptive_field(model))
     for layer in model.modules():
         if isinstance(layer, nn.ReLU):
-            layer.inplace = True  # takes a tenth less time and a third less memory
+            layer.inplace = True  # nothing needs the input again
     return Network(model, trained, path, where, device.pick_precision(precision, where), margin)
 
 
@@ -208,7 +208,7 @@ def grey(sigma):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    memory.keep_freed_memory()  # for the next tile
+    memory.keep_freed_memory(of_any_size=True)  # for the next tile
     pairs = picture_files.plan(cfg.inputs, cfg.output, cfg.overwrite, extras_of(cfg))
     network = load(cfg.weights, cfg.device, cfg.precision)
     for folder in {target.parent for _, target in pairs}:

@@ -10,15 +10,15 @@ from conftest import ROOT
 
 from support import memory
 
-# Page faults of writing 4 MB blocks that were freed before.
+# Page faults of writing blocks that were freed before.
 COUNT_FAULTS = """
 import resource, sys
 from support import memory
 
-if sys.argv[1] == "keep":
-    assert memory.keep_freed_memory()
+if sys.argv[1] != "default":
+    assert memory.keep_freed_memory(of_any_size=sys.argv[1] == "any")
 def touch():
-    blocks = [bytearray(4 * 2**20) for _ in range(10)]
+    blocks = [bytearray(int(sys.argv[2])) for _ in range(5)]
     for block in blocks:
         block[::4096] = b"x" * 1024
 touch()
@@ -31,11 +31,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_freed_memory_is_used_again():
-    def faults(argument):
-        command = [sys.executable, "-c", COUNT_FAULTS, argument]
+    def faults(*arguments):
+        command = [sys.executable, "-c", COUNT_FAULTS, *map(str, arguments)]
         return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("keep") < 0.1 * faults("default")
+    assert faults("keep", 4 * 2**20) < 0.1 * faults("default", 4 * 2**20)
+    assert faults("any", 40 * 2**20) < 0.1 * faults("keep", 40 * 2**20)
 
 
 @pytest.mark.parametrize("system, libc", [("Darwin", ""), ("Windows", ""), ("Linux", "musl")])
