@@ -20,7 +20,7 @@ if sys.argv[1] != "default":
 def touch():
     blocks = [bytearray(int(sys.argv[2])) for _ in range(5)]
     for block in blocks:
-        block[::4096] = b"x" * 1024
+        block[::4096] = bytes(len(block) // 4096)
 touch()
 touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
