@@ -360,7 +360,7 @@ def test_two_processes_train_as_one(run, script, pictures, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     for name, epochs, where, limit in (("first", 1, many, 304), ("fifty", 50, pictures, 8)):
         args = ("--dataset", "folder", "--data-dir", where, "--limit", limit, "--batch-size", 8, "--epochs", epochs)
-        args += ("--save-model-epochs", 50, "--precision", "float32", "--device", "cpu", "--lr", 1e-3, *TINY)
+        args += ("--save-model-epochs", 50, "--precision", "float32", "--device", "cpu", "--lr", 2e-4)
         run(*args, "--out-dir", f"{name}1")
         process = script("train.py", *args, "--out-dir", f"{name}2", launcher=launcher, OMP_NUM_THREADS="1")
         assert process.returncode == 0, process.stderr
