@@ -12,11 +12,12 @@ import torch
 
 import diffusion
 from config import Setting, UserError, name, whole
+from support import real_noise
 from support.crops import Crops
 from support.datasets import DATASETS, automatic
 from support.device import memory_format
 from support.pictures import SIZE, read, size_of  # noqa: F401
-from support.streams import CHOICE, HELD_OUT_NOISE, KERNELS, NOISE, ORDER, choice, generator  # noqa: F401
+from support.streams import CHOICE, HELD_OUT_NOISE, JPEG, KERNELS, NOISE, ORDER, choice, generator  # noqa: F401
 
 TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
@@ -118,7 +119,7 @@ def draw_noise(shape, cfg, device, step):
     """The noise of a step: t (B,), uniform on 1 ... T-1, and standard Gaussian eps of `shape`, (B, C, H, W).
 
     cfg.sigma_range, two levels of 255: t is real and uniform between them. Else cfg.continuous_t: real, from 1/2 to
-    T - 1/2, the integers spread over the half on either side. cfg.noise "mixed": see diffusion.correlate.
+    T - 1/2, the integers spread over the half on either side. cfg.noise "mixed": see real_noise.correlate.
     """
     T, random = cfg.noise_steps, generator(device, cfg.seed, NOISE, step)
     t = torch.randint(1, T, shape[:1], generator=random, device=device)
@@ -128,7 +129,12 @@ def draw_noise(shape, cfg, device, step):
         t = low + (high - low) * torch.rand(shape[:1], generator=random, device=device)
     elif cfg.continuous_t:
         t = t + torch.rand(shape[:1], generator=random, device=device) - 0.5
-    return t, diffusion.correlate(eps, random) if cfg.noise == "mixed" else eps
+    return t, real_noise.correlate(eps, random) if cfg.noise == "mixed" else eps
+
+
+def draw_qualities(cfg, step):
+    """The JPEG quality of each noisy image of a step if cfg.noise is "mixed", (B,) integers; 0: not compressed."""
+    return real_noise.draw_qualities(cfg.batch_size, generator("cpu", cfg.seed, JPEG, step))
 
 
 def held_out_noise(images, start):

@@ -49,27 +49,6 @@ def noise_loss(model, x0, eps, t, T):
     return F.mse_loss(eps_hat.float(), eps)
 
 
-def correlate(eps, random, share=1 / 3):
-    """Noise like that of cameras and scanners, from white noise eps (B, 3, H, W) of unit variance.
-
-    In a `share` of the images it is blurred and coloured, in the others it stays white. The blur is a Gaussian of 0 to
-    0.8 pixels; the differences between the channels become 0 to 2 times as strong (0: all three are equal). The mean
-    variance of the channels stays 1.
-    """
-    chosen, width, chroma = torch.rand(3, len(eps), 1, 1, 1, generator=random, device=eps.device)
-    chosen, width, chroma = (chosen < share).float(), 0.8 * width, 2 * chroma
-    frequency = torch.hypot(
-        *torch.meshgrid(*(torch.fft.fftfreq(n, device=eps.device) for n in eps.shape[2:]), indexing="ij")
-    )
-    response = torch.exp(-2 * (math.pi * width * frequency) ** 2)
-    blurred = (
-        torch.fft.ifft2(torch.fft.fft2(eps) * response).real / response.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    )
-    common = blurred.mean(dim=1, keepdim=True)
-    coloured = (common + chroma * (blurred - common)) / ((1 + 2 * chroma**2) / 3).sqrt()
-    return torch.where(chosen > 0, coloured, eps)
-
-
 # ---- denoising ---------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ import data
 import diffusion
 import unet
 from config import Setting, real, whole
-from support import channels, checkpoint, device, memory, muon, script
+from support import channels, checkpoint, device, memory, muon, real_noise, script
 from support.held_out import channels_in_use, held_out_loss
 from support.loggers import LOGGERS
 from support.run import Run, begin, load_images
@@ -32,9 +32,9 @@ PRESETS = {
     "reference": dict(epochs=20, batch_size=8, lr=2e-4, beta2=0.999, warmup_steps=0, schedule="cosine", flip=False,
                       precision="float32"),
     # Photographs at full resolution, for denoise.py.
-    "photographs": dict(dataset="folder", crop_size=64, fresh_crops=True, crops_per_image=10, augment=True,
-                        noise="mixed", sigma_range=(1.0, 100.0), init="model/unet32.pth", optimizer="muon",
-                        batch_size=8, epochs=6, lr=3e-4, beta2=0.99, recycle=1),
+    "photographs": dict(dataset="folder", crop_size=96, fresh_crops=True, crops_per_image=10, augment=True,
+                        noise="mixed", sigma_range=(1.0, 75.0), init="model/unet32.pth", optimizer="muon",
+                        batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
 }  # fmt: skip
 
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
@@ -43,7 +43,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     # the noise
     "continuous_t":        Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
     "sigma_range":         Setting(None, real(0, 127), "lowest and highest sigma, of 255; None: those of the steps", 2),
-    "noise":               Setting("white", ("white", "mixed"), "mixed: a third of the images get correlated noise"),
+    "noise":               Setting("white", ("white", "mixed"), "mixed: some of it correlated, some through JPEG"),
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),
     "init":                Setting(None, config.name, "checkpoint whose weights to start from; None: random weights"),
@@ -81,6 +81,9 @@ def train(cfg, world, model, optimizer, x_train, x_test, run):
                 group["lr"] = run.lr_at(run.step)
             # Every rank draws the noise of the whole batch and takes its share: the same on any number of ranks.
             t, eps = map(world.share, data.draw_noise((cfg.batch_size, *x0.shape[1:]), cfg, world.device, run.step))
+            if cfg.noise == "mixed":
+                qualities = world.share(data.draw_qualities(cfg, run.step))
+                t, eps = real_noise.compress(x0, t, eps, qualities, cfg.noise_steps)
             if run.recycling_is_due():
                 recycle(cfg, world, model, optimizer, x0, eps, t, run)
             with device.autocast(world.device, getattr(torch, cfg.precision)):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # Numbers are drawn from generator(device, seed, one of these, index), so that no two uses share a stream.
-ORDER, NOISE, HELD_OUT_NOISE, CHOICE, LEAVES, CROPS, KERNELS = range(7)
+ORDER, NOISE, HELD_OUT_NOISE, CHOICE, LEAVES, CROPS, KERNELS, JPEG = range(8)
 
 
 def generator(device, *key):

@@ -1,0 +1,54 @@
+"""Noise like that of real pictures, made from white noise: blurred, coloured, and compressed as JPEG."""
+
+import math
+
+import torch
+from torchvision.io import decode_jpeg, encode_jpeg
+
+import diffusion
+from diffusion import GREY_LEVELS
+
+ROUNDING = math.sqrt(1 / 12) / GREY_LEVELS  # the noise level of 8 bits: no JPEG file has less
+
+
+def correlate(eps, random, share=1 / 3):
+    """White noise eps (B, 3, H, W) of unit variance, in a `share` of the images made like that of a camera or scanner.
+
+    There it is blurred and coloured, in the others it stays white. The blur is a Gaussian of 0 to 0.8 pixels; the
+    differences between the channels become 0 to 2 times as strong (0: all three are equal). The mean variance of the
+    channels stays 1.
+    """
+    chosen, width, chroma = torch.rand(3, len(eps), 1, 1, 1, generator=random, device=eps.device)
+    chosen, width, chroma = (chosen < share).float(), 0.8 * width, 2 * chroma
+    frequency = torch.hypot(
+        *torch.meshgrid(*(torch.fft.fftfreq(n, device=eps.device) for n in eps.shape[2:]), indexing="ij")
+    )
+    response = torch.exp(-2 * (math.pi * width * frequency) ** 2)
+    blurred = (
+        torch.fft.ifft2(torch.fft.fft2(eps) * response).real / response.square().mean(dim=(2, 3), keepdim=True).sqrt()
+    )
+    common = blurred.mean(dim=1, keepdim=True)
+    coloured = (common + chroma * (blurred - common)) / ((1 + 2 * chroma**2) / 3).sqrt()
+    return torch.where(chosen > 0, coloured, eps)
+
+
+def draw_qualities(count, random, share=1 / 6):
+    """The JPEG quality of `count` images, an integer tensor: 70 to 100 for a `share` of them, else 0."""
+    quality = torch.randint(70, 101, (count,), generator=random)
+    return torch.where(torch.rand(count, generator=random) < share, quality, 0)
+
+
+def compress(x0, t, eps, qualities, T):
+    """(t, eps) after the noisy images, in 8 bits, went through JPEG at these qualities (B,); 0: they stay as they are.
+
+    The noise of a compressed image is all that sets it apart from x0, (B, 3, H, W) in [-1, 1]; its t is that of this
+    noise's root mean square, at most T, and its eps has unit variance as before.
+    """
+    t, eps = t.float(), eps.clone()
+    for i in qualities.nonzero().flatten().tolist():
+        noisy = diffusion.add_noise(x0[i : i + 1], eps[i : i + 1], t[i : i + 1], T)[0]
+        noisy = ((noisy + 1) * GREY_LEVELS).round().clamp(0, 255).to("cpu", torch.uint8)
+        noise = decode_jpeg(encode_jpeg(noisy, int(qualities[i]))).to(x0.device) / GREY_LEVELS - 1 - x0[i]
+        sigma = noise.square().mean().sqrt().clamp(ROUNDING, diffusion.sigma_of(T, T))
+        t[i], eps[i] = diffusion.t_of(sigma, T), noise / sigma
+    return t, eps
