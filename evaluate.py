@@ -123,6 +123,7 @@ def report(cfg, about, made):
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     started, place = time.monotonic(), device.pick(cfg.device)
+    cfg = dataclasses.replace(cfg, device=str(place))  # a fallback is told once
     for path in filter(None, (cfg.json, cfg.markdown)):
         if os.path.lexists(path) and not cfg.overwrite:
             raise UserError(f"{path} exists; choose another name, or add --overwrite to replace it")

@@ -34,74 +34,70 @@ def to_8_bits(x):
     return np.clip(np.round(x), 0, 255).astype(np.uint8)
 
 
-def white(clean, sigma, random):
-    return clean + sigma * random.standard_normal(clean.shape)
+# ---- noise of unit variance --------------------------------------------------------------------------------------
 
 
-def blurred(radius):
-    """White noise after a Gaussian filter with a standard deviation of `radius` pixels, scaled back to sigma."""
-
-    def degrade(clean, sigma, random):
-        noise = random.standard_normal(clean.shape)
-        for axis in (1, 2):
-            frequency = np.fft.rfftfreq(noise.shape[axis])
-            shape = [-1 if i == axis else 1 for i in range(3)]
-            gain = np.exp(-2 * (np.pi * radius * frequency) ** 2).reshape(shape)
-            noise = np.fft.irfft(np.fft.rfft(noise, axis=axis) * gain, noise.shape[axis], axis)
-        return clean + sigma * noise / noise.std()
-
-    return degrade
+def blur(noise, radius):
+    """Noise (3, H, W) after a Gaussian filter with a standard deviation of `radius` pixels, its variance as before."""
+    blurred = noise
+    for axis in (1, 2):
+        frequency = np.fft.rfftfreq(noise.shape[axis])
+        shape = [-1 if i == axis else 1 for i in range(3)]
+        gain = np.exp(-2 * (np.pi * radius * frequency) ** 2).reshape(shape)
+        blurred = np.fft.irfft(np.fft.rfft(blurred, axis=axis) * gain, noise.shape[axis], axis)
+    return blurred * noise.std() / blurred.std()
 
 
-def photons(clean, sigma, random):
+def colour(noise, chroma):
+    """Noise (3, H, W) whose directions of chroma are `chroma` times as strong as before, its variance as before."""
+    luma = noise.mean(axis=0, keepdims=True)
+    return (luma + chroma * (noise - luma)) / np.sqrt((1 + 2 * chroma**2) / 3)
+
+
+# ---- pictures with noise -----------------------------------------------------------------------------------------
+
+
+def white(clean, sigma, noise):
+    """The same level everywhere."""
+    return clean + sigma * noise
+
+
+def photons(clean, sigma, noise):
     """A sensor's noise: of photons and of reading them, before a gamma of 2.2; of level sigma at 128 of 255."""
     light, middle = (clean / 255) ** 2.2, (128 / 255) ** 2.2
     read = 0.02  # of the variance in the middle is reading noise, the rest is proportional to the light
     slope = 255 / 2.2 * middle ** (1 / 2.2 - 1)  # d output / d light
     deviation = sigma / slope * np.sqrt(read + (1 - read) * light / middle)
-    return 255 * np.clip(light + deviation * random.standard_normal(clean.shape), 0, None) ** (1 / 2.2)
+    return 255 * np.clip(light + deviation * noise, 0, None) ** (1 / 2.2)
 
 
-def chroma(clean, sigma, random):
-    """Twice as strong in each of two orthonormal directions of chroma as in luma."""
-    noise = random.standard_normal(clean.shape)
-    luma = noise.mean(axis=0, keepdims=True)
-    return clean + sigma * (2 * noise - luma) / np.sqrt(3)
+def compress(pixels, quality, subsampling=2):
+    """uint8 (C, H, W) through JPEG; subsampling 2: chroma at half resolution, 0: at full resolution."""
+    file = io.BytesIO()
+    image = pixels.transpose(1, 2, 0)
+    Image.fromarray(image if len(pixels) == 3 else image[..., 0]).save(
+        file, "JPEG", quality=quality, subsampling=subsampling
+    )
+    return np.atleast_3d(np.asarray(Image.open(file))).transpose(2, 0, 1)
 
 
-def equal(clean, sigma, random):
-    """The same in all channels."""
-    return clean + sigma * random.standard_normal(clean.shape[1:])
-
-
-def jpeg(quality):
-    """White noise that was compressed as JPEG, its chroma at half resolution."""
-
-    def degrade(clean, sigma, random):
-        file = io.BytesIO()
-        noisy = to_8_bits(white(clean, sigma, random)).transpose(1, 2, 0)
-        Image.fromarray(noisy if len(clean) == 3 else noisy[..., 0]).save(file, "JPEG", quality=quality)
-        return np.atleast_3d(np.asarray(Image.open(file))).transpose(2, 0, 1)
-
-    return degrade
-
-
-KINDS = {
+KINDS = {  # functions of (clean pixels, sigma, white noise), all (C, H, W)
     "white": white,
-    "blurred 0.5": blurred(0.5),
-    "blurred 0.8": blurred(0.8),
+    "blurred 0.5": lambda clean, sigma, noise: white(clean, sigma, blur(noise, 0.5)),
+    "blurred 0.8": lambda clean, sigma, noise: white(clean, sigma, blur(noise, 0.8)),
     "photons": photons,
-    "chroma": chroma,
-    "equal": equal,
-    "JPEG 75": jpeg(75),
-    "JPEG 85": jpeg(85),
-    "JPEG 95": jpeg(95),
+    "chroma": lambda clean, sigma, noise: white(clean, sigma, colour(noise, 2)),
+    "equal": lambda clean, sigma, noise: white(clean, sigma, colour(noise, 0)),
+    "JPEG 75": lambda clean, sigma, noise: compress(to_8_bits(white(clean, sigma, noise)), 75),
+    "JPEG 85": lambda clean, sigma, noise: compress(to_8_bits(white(clean, sigma, noise)), 85),
+    "JPEG 95": lambda clean, sigma, noise: compress(to_8_bits(white(clean, sigma, noise)), 95),
 }
 
 
 def degrade(kind, clean, sigma, seed=0):
     """The clean pixels (C, H, W), uint8, with noise of the kind at level sigma of 255, as uint8."""
-    return to_8_bits(KINDS[kind](clean.astype(float), sigma, np.random.default_rng(seed)))
+    noise = np.random.default_rng(seed).standard_normal(clean.shape)
+    return to_8_bits(KINDS[kind](clean.astype(float), sigma, noise))
 
 
 def blocks(x):

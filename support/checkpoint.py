@@ -26,7 +26,7 @@ import config
 import data
 import unet
 from config import UserError
-from support import entries, files
+from support import entries, files, memory
 from support.device import memory_format
 from support.entries import network_of
 
@@ -301,15 +301,9 @@ def errors_naming(path):
     except entries.Wrong as error:
         raise CheckpointError(f"{path} cannot be used: {error}; use another one") from None
     except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
+        if not (lack := memory.lack(error)):
             raise
-        raise CheckpointError(
-            f"there is not enough memory to load {path}; end other programs or use a larger machine"
-        ) from None
-
-
-def is_lack_of_memory(error):
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        raise CheckpointError(f"{lack} to load {path}; end other programs or use a larger machine") from None
 
 
 # ---- a file that may hold anything -------------------------------------------------------------------------------
@@ -337,7 +331,7 @@ def read(path):
     except CheckpointError:
         raise
     except Exception as error:  # a dozen kinds, by where the damage lies
-        if is_lack_of_memory(error):
+        if memory.lack(error):
             raise
         raise DamagedError(f"{path} is damaged, or is not a checkpoint, or holds code; use another one") from None
 

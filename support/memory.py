@@ -1,7 +1,8 @@
-"""Memory that a training step frees is kept for the next step."""
+"""Memory: what a training step frees is kept for the next step, and a lack of it is told in words."""
 
 import ctypes
 import platform
+import re
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 LARGEST_THRESHOLD = 32 * 2**20  # bytes; mallopt refuses more
@@ -18,3 +19,11 @@ def keep_freed_memory(of_any_size=False):
     mallopt = ctypes.CDLL(None).mallopt
     mmap = (M_MMAP_MAX, 0) if of_any_size else (M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
     return bool(mallopt(*mmap) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def lack(error):
+    """What an exception says of a lack of the machine's memory, as the beginning of a sentence; else None."""
+    if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+        return None
+    request = re.search(r"allocate (\d+) bytes", str(error))
+    return "there is not enough memory" + (f" for {int(request[1]) / 1e9:,.1f} GB more" if request else "")

@@ -2,34 +2,50 @@
 
     level = estimate(pixels, model, T)      # level.sigma, and a range: level.low, level.high
 
-Two estimates are combined. Flat places show noise of every kind, but where a picture has none, they show its texture.
-The network's likelihood (diffusion.estimate_sigma) tells noise from texture, but hardly sees noise that is not white.
-Flat places decide, except where only luma has noise: if it looks white there (the means of 2x2 pixels have half of it),
-or the flat places are uneven, they may exceed the likelihood by little. In a small picture the likelihood decides.
+A small regression network, model/noise_level.pth, reads the level off statistics of the picture's blocks: how much
+energy the flattest of them have in each band of frequencies, in luma and in chroma, and how it rises to the others. It
+was fitted to photographs with noise of many kinds (benchmarks/fit_noise_level.py). In a very small picture, which need
+not have a flat block, the likelihood decides (diffusion.estimate_sigma); it takes the noise for white.
 """
 
+import functools
+import itertools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 import diffusion
+from config import UserError
 from diffusion import GREY_LEVELS
 from support.device import memory_format
 
-WINDOW, WINDOWS = 64, 8  # of a large picture, WINDOWS x WINDOWS evenly spread windows are searched for flat places,
-CROP, CROPS = 32, 3  # and CROPS x CROPS windows of the size that the network was trained on are shown to it
-BLOCK = 16  # pixels, height and width of a flat place
-FEW = 100  # blocks: a picture with fewer need not have a flat place
-WHITE = 0.62  # what is left of the noise in the means of 2x2 pixels: 0.5 if it is white, 0.9 after a blur by 0.5 pixels
-# The chroma's energy as a part of the luma's, at all and at the highest frequencies: with less, luma alone has noise.
-IN_LUMA = np.array([0.077, 0.1])
-UNEVEN = 0.45  # an evenness of the luma below which even the flattest blocks are likely to be texture
+WEIGHTS = Path(__file__).parents[1] / "model" / "noise_level.pth"
+WINDOW, WINDOWS = 64, 8  # of a large picture, WINDOWS x WINDOWS evenly spread windows are looked at
+BLOCK = 16  # pixels, height and width
+FEW = 100  # blocks: in a picture with fewer the likelihood decides
+SMALLEST = 32  # pixels: a smaller picture is mirrored at its edges
 
 # Luma and two directions of chroma, orthonormal: noise that is equal and independent in R, G and B is so in these too.
-COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
-COLOURS = COLOURS.astype(np.float32)
+COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]], np.float32) / np.sqrt([[3], [2], [6]], dtype=np.float32)
+BANDS = (
+    0.032,
+    0.1,
+    0.2,
+    0.35,
+    0.5,
+    1,
+)  # cycles a pixel, the limits of five bands; a block's mean and slope are in none
+QUANTILES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # of the blocks, by their energy in one band
+FLATTEST = (0, 0.01, 0.04, 0.12)  # of the blocks, by their energy in all bands of luma: the limits of three groups
+JPEG_BLOCK = 8
+FLOOR = 0.02  # grey levels squared: less energy than rounding leaves
+STATISTICS = (len(QUANTILES) + len(FLATTEST) - 1) * 2 * (len(BANDS) - 1) + 7
+LEAST = 0.4  # grey levels: smaller levels are not told apart
+OUTPUTS = (0.5, 0.05, 0.95)  # quantiles of the level: the estimate, and the range that holds it nine times of ten
 
 
 class Level(NamedTuple):
@@ -43,100 +59,154 @@ class Level(NamedTuple):
 def estimate(pixels, model=None, T=None, device="cpu"):
     """The Level of an array (C, H, W) of any size: C is 3, or 1 for grey; uint8, uint16, or float in [-1, 1].
 
-    model: a colour model(x, t) that knows the time step, T its number of steps; None: only flat places are looked at.
-    Noise that differs between channels has the root mean square of their levels, noise that depends on the brightness
-    the level of the flattest places. Time and memory are bounded.
+    model: a colour model(x, t) that knows the time step, T its number of steps; None: statistics alone decide. Noise
+    that differs between channels has the root mean square of their levels, noise that depends on the brightness the
+    level of the flattest places. Time and memory are bounded.
     """
-    energies = block_energies(windows(pixels, WINDOW, WINDOWS))
-    sigma, low, high, evenness = flat_level(energies, len(pixels))
-    few = len(energies) < FEW
-    if model is not None and sigma > 0 and (few or evenness is not None):
-        crops = np.stack(windows(pixels, CROP, CROPS))
-        if not few:  # noise of luma alone, which the network does not expect of a colour picture
-            crops = crops.mean(axis=1, keepdims=True)
-        halves = crops.reshape(*crops.shape[:2], crops.shape[2] // 2, 2, crops.shape[3] // 2, 2).mean(axis=(3, 5))
-        full, half = (likelihood(model, x, T, device) for x in (crops, halves))
-        likely = np.median(full)
-        if few:
-            sigma = min(likely, 2 * sigma)  # the network finds a little noise even where there is none
-            low, high = 0.93 * sigma, 1.07 * sigma
-        elif evenness < UNEVEN or np.median(half / full) < WHITE:
-            sigma, low = min(1.2 * likely, sigma), min(0.9 * likely, low)
-    return Level(*(float(level) / GREY_LEVELS for level in (sigma, low, high)))
+    parts = windows(pixels)
+    features, count = statistics(parts)
+    levels = regression().levels(features) if features is not None else np.zeros(len(OUTPUTS))
+    if model is not None and count < FEW and levels[0] > 0:
+        # The network finds a little noise even where there is none.
+        sigma = min(likelihood(model, parts[0], T, device), 2 * levels[0])
+        levels = sigma * np.array([1, 0.93, 1.07])
+    return Level(*(float(level) / GREY_LEVELS for level in levels))
 
 
-def windows(pixels, size, count):
-    """count x count windows of size x size pixels, evenly spread, in grey levels of 255; a smaller picture whole.
+def windows(pixels):
+    """Evenly spread windows of a large picture, a smaller one whole: [(C, H, W)] in grey levels of 255.
 
-    They are mirrored at the edges to CROP pixels where they have less, and cut to multiples of 8, as the network needs.
+    Sides are cut to multiples of 8, and start at such, where JPEG has its blocks.
     """
     unit, zero = (GREY_LEVELS, GREY_LEVELS) if pixels.dtype.kind == "f" else (255 / np.iinfo(pixels.dtype).max, 0)
     height, width = pixels.shape[1:]
     parts = [pixels]
-    if height * width > (size * count) ** 2:
-        rows, columns = (np.unique(np.linspace(0, max(n - size, 0), count).astype(int)) for n in (height, width))
-        parts = [pixels[:, y : y + size, x : x + size] for y in rows for x in columns]
+    if height * width > (WINDOW * WINDOWS) ** 2:
+        rows, columns = (
+            np.unique(np.linspace(0, max(n - WINDOW, 0), WINDOWS).astype(int) // 8 * 8) for n in (height, width)
+        )
+        parts = [pixels[:, y : y + WINDOW, x : x + WINDOW] for y in rows for x in columns]
     height, width = parts[0].shape[1:]
-    room = [(0, 0), (0, max(CROP - height, 0)), (0, max(CROP - width, 0))]
+    room = [(0, 0), (0, max(SMALLEST - height, 0)), (0, max(SMALLEST - width, 0))]
     parts = [np.pad(part.astype(np.float32) * unit + zero, room, "symmetric") for part in parts]
     return [part[:, : part.shape[1] // 8 * 8, : part.shape[2] // 8 * 8] for part in parts]
 
 
-def likelihood(model, crops, T, device):
-    """The noise levels of greatest likelihood, (N,), of crops (N, C, H, W), both in grey levels of 255."""
-    x = (torch.from_numpy(crops).to(device) / GREY_LEVELS - 1).contiguous(memory_format=memory_format(device))
+def likelihood(model, part, T, device):
+    """The noise level of greatest likelihood of a part (C, H, W), both in grey levels of 255."""
+    x = (torch.from_numpy(part[None]).to(device) / GREY_LEVELS - 1).contiguous(memory_format=memory_format(device))
     gain = 1.0
     if x.shape[1] == 1:  # see diffusion.grey
         model, gain = diffusion.grey(model), math.sqrt(3)
-    return GREY_LEVELS / gain * diffusion.estimate_sigma(model, gain * x, T).cpu().numpy()
+    return GREY_LEVELS / gain * diffusion.estimate_sigma(model, gain * x, T).item()
 
 
-def block_energies(parts):
-    """Mean squares (N, 2, 3) in the N overlapping blocks of the parts [(C, H, W)], in grey levels squared.
+# ---- statistics --------------------------------------------------------------------------------------------------
 
-    Of luma and of chroma (the mean of its two directions; 0 of grey) at all frequencies that a block can have (without
-    its mean and slope), at 0.2 to 0.35, and above 0.35 cycles a pixel. Clipped pixels have lost their noise: blocks
-    with more than 1% of them are left out, but never more than three quarters of those that are at most half clipped.
+
+def statistics(parts):
+    """(STATISTICS,) float32 of the parts of a picture, [(C, H, W)] in grey levels, and the number of their blocks.
+
+    None in place of the statistics where all pixels are equal, or where there are none but clipped ones.
+    """
+    blocks, clipped = usable_blocks(parts)
+    energies = band_energies(blocks)
+    if not energies.any():
+        return None, len(blocks)
+    order = energies[:, 0].mean(axis=1).argsort(kind="stable")  # by luma
+    limits = [int(share * len(order)) for share in FLATTEST]
+    groups = [order[start : max(end, start + 3)] for start, end in itertools.pairwise(limits)]
+    logarithms = [np.quantile(energies, QUANTILES, axis=0), *(energies[group].mean(axis=0) for group in groups)]
+    return np.concatenate(
+        [
+            *(np.log(energy + FLOOR).ravel() for energy in logarithms),
+            *(blockiness(parts, axis) for axis in (1, 2)),
+            [math.log(len(blocks)), clipped, blocks.mean() / 255],
+        ]
+    ).astype(np.float32), len(blocks)
+
+
+def usable_blocks(parts):
+    """Overlapping blocks (N, 3, BLOCK, BLOCK) of the parts, and the share of clipped pixels in them.
+
+    Clipped pixels have lost their noise: blocks with more than 1% of them are left out, but never more than three
+    quarters of those that are at most half clipped.
     """
     cut = [np.lib.stride_tricks.sliding_window_view(part, (BLOCK, BLOCK), (1, 2)) for part in parts]
     cut = [blocks[:, :: BLOCK // 2, :: BLOCK // 2].transpose(1, 2, 0, 3, 4) for blocks in cut]
     blocks = np.concatenate([blocks.reshape(-1, *blocks.shape[2:]) for blocks in cut])
     clipped = ((abs(blocks) < 0.001) | (abs(blocks - 255) < 0.001)).mean(axis=(1, 2, 3))
     if (clipped <= 0.5).any():
-        blocks = blocks[clipped <= max(0.01, np.quantile(clipped[clipped <= 0.5], 0.25))]
+        chosen = clipped <= max(0.01, np.quantile(clipped[clipped <= 0.5], 0.25))
+        blocks, clipped = blocks[chosen], clipped[chosen]
+    return np.broadcast_to(blocks, (len(blocks), 3, BLOCK, BLOCK)), clipped.mean()
 
+
+def band_energies(blocks):
+    """Mean squares (N, 2, bands) of blocks (N, 3, BLOCK, BLOCK), of luma and of chroma (the mean of its directions)."""
     k = np.arange(BLOCK)
     cosines = np.cos(np.pi * np.outer(k, k + 0.5) / BLOCK) * np.sqrt(np.where(k > 0, 2, 1) / BLOCK)[:, None]
     cosines = cosines.astype(np.float32)
     frequency = np.hypot(k[:, None], k) / (2 * BLOCK)
-    bands = np.stack([frequency > 1 / (2 * BLOCK), (frequency >= 0.2) & (frequency < 0.35), frequency >= 0.35])
-    means = (bands / bands.sum(axis=(1, 2), keepdims=True)).reshape(3, -1).T.astype(np.float32)
-    if blocks.shape[1] == 3:
-        blocks = np.einsum("dc,nchw->ndhw", COLOURS, blocks)
-    squares = np.square(cosines @ blocks @ cosines.T).reshape(*blocks.shape[:2], -1)
-    energies = squares @ means
-    return np.concatenate([energies[:, :1], energies[:, 1:].sum(axis=1, keepdims=True) / 2], axis=1)
+    bands = np.stack([(frequency >= low) & (frequency < high) for low, high in itertools.pairwise(BANDS)])
+    means = (bands / bands.sum(axis=(1, 2), keepdims=True)).reshape(len(bands), -1).T.astype(np.float32)
+    colours = np.einsum("dc,nchw->ndhw", COLOURS, blocks)
+    energies = np.square(cosines @ colours @ cosines.T).reshape(*colours.shape[:2], -1) @ means
+    return np.stack([energies[:, 0], energies[:, 1:].mean(axis=1)], axis=1)
 
 
-def flat_level(energies, channels):
-    """(sigma, low, high) in grey levels of 255 from the energies (N, 2, 3) of blocks, and the evenness of luma.
+def blockiness(parts, axis):
+    """How much the steps at one offset modulo JPEG_BLOCK, the largest and the smallest, differ from those at most."""
+    totals = []
+    for part in parts:
+        steps = abs(np.diff(part.mean(axis=0), axis=axis - 1))
+        steps = np.minimum(steps, np.quantile(steps, 0.7) + 0.3)  # not those of the edges
+        steps = steps if axis == 1 else steps.T
+        totals.append([steps[offset::JPEG_BLOCK].mean() for offset in range(JPEG_BLOCK)])
+    offsets = np.mean(totals, axis=0) + 0.05
+    return np.log(np.array([offsets.max(), offsets.min()]) / np.median(offsets))
 
-    Photographs have little texture in their chroma. If it has noise, its flattest blocks give the level whatever the
-    spectrum, and luma has about as much: as is seen at the highest frequencies, where texture is weakest. Otherwise the
-    noise is in luma alone, or JPEG took that of the chroma away. Then even the flattest blocks may be texture: the
-    likelier, the more steeply the energy rises from them to the others.
-    That evenness, 0 to 1, comes with the level; it is None if chroma gave the level.
-    The constants are fitted to 40 photographs with the noise of benchmarks/noise_level.py.
-    """
-    least, more = np.quantile(energies, [0.01, 0.08], axis=0)  # each (2, 3)
-    chroma = 1.15 * least[1, 0]  # the flattest blocks are also those where the noise happens to be weak
-    fine = chroma * (least[0, 2] + 0.05) / (least[1, 2] + 0.05)  # of luma; rounding alone adds about 0.05
-    flattest = math.sqrt(least[0, 0] * least[0, 1])
-    evenness = min(1.0, flattest / (more[0, 0] + 1e-6))
-    texture = 1.25 * flattest * evenness**0.5
-    if (least[1, [0, 2]] > IN_LUMA * least[0, [0, 2]]).any():
-        luma, low, high, evenness = min(fine, 1.25 * chroma), 0.85, min(fine, texture), None
-    else:
-        luma, low, high = texture, 0.88 * evenness**0.5, texture
-    sigma, high = (math.sqrt((energy + (channels - 1) * chroma) / channels) for energy in (luma, max(luma, high)))
-    return sigma, low * sigma, 1.15 * high, evenness
+
+# ---- regression --------------------------------------------------------------------------------------------------
+
+
+class Regression(nn.Module):
+    """Statistics (B, STATISTICS) -> logarithms of the level in grey levels, (B, 3), see OUTPUTS and `level_of`."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(STATISTICS))
+        self.register_buffer("std", torch.ones(STATISTICS))
+        self.layers = nn.Sequential(
+            nn.Linear(STATISTICS, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(OUTPUTS))
+        )
+
+    def forward(self, x):
+        return self.layers(((x - self.mean) / self.std).clamp(-6, 6))
+
+    @torch.no_grad()
+    def levels(self, features):
+        """The estimate, and the ends of its range, in grey levels, (3,)."""
+        sigma, *ends = level_of(self(torch.from_numpy(features)[None])[0]).tolist()
+        return np.array([sigma, min(sigma, *ends), max(sigma, *ends)])
+
+
+def logarithm_of(sigma):
+    """log sqrt(sigma^2 + LEAST^2): what Regression returns."""
+    return (sigma**2 + LEAST**2).log() / 2
+
+
+def level_of(logarithm):
+    return ((2 * logarithm).exp() - LEAST**2).clamp(min=0).sqrt()
+
+
+@functools.cache
+def regression():
+    """The Regression that comes with the repository. Raises UserError if it is not there."""
+    model = Regression()
+    try:
+        model.load_state_dict(torch.load(WEIGHTS, weights_only=True)["model"])
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise UserError(f"{WEIGHTS} {reason}; restore it, or give --sigma") from None
+    return model.eval()

@@ -1,9 +1,11 @@
 """Noise like that of real pictures, made from white noise: blurred, coloured, and compressed as JPEG."""
 
+import io
 import math
 
+import numpy as np
 import torch
-from torchvision.io import decode_jpeg, encode_jpeg
+from PIL import Image
 
 import diffusion
 from diffusion import GREY_LEVELS
@@ -44,11 +46,18 @@ def compress(x0, t, eps, qualities, T):
     The noise of a compressed image is all that sets it apart from x0, (B, 3, H, W) in [-1, 1]; its t is that of this
     noise's root mean square, at most T, and its eps has unit variance as before.
     """
-    t, eps = t.float(), eps.clone()
+    t, eps = t.to(torch.float32, copy=True), eps.clone()
     for i in qualities.nonzero().flatten().tolist():
         noisy = diffusion.add_noise(x0[i : i + 1], eps[i : i + 1], t[i : i + 1], T)[0]
-        noisy = ((noisy + 1) * GREY_LEVELS).round().clamp(0, 255).to("cpu", torch.uint8)
-        noise = decode_jpeg(encode_jpeg(noisy, int(qualities[i]))).to(x0.device) / GREY_LEVELS - 1 - x0[i]
+        noise = through_jpeg(noisy, int(qualities[i])) - x0[i]
         sigma = noise.square().mean().sqrt().clamp(ROUNDING, diffusion.sigma_of(T, T))
         t[i], eps[i] = diffusion.t_of(sigma, T), noise / sigma
     return t, eps
+
+
+def through_jpeg(x, quality):
+    """An image x (3, H, W) in [-1, 1] in 8 bits, compressed and read again; on the device of x."""
+    pixels = ((x + 1) * GREY_LEVELS).round().clamp(0, 255).to("cpu", torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).to(x.device) / GREY_LEVELS - 1

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from support import memory
 
 
 class Unfailing:
@@ -49,9 +50,7 @@ def run(main):
         fail(error)
     except torch.OutOfMemoryError:
         fail("the GPU's memory is full; use --device cpu, or in training a smaller --batch-size")
-    except MemoryError:
-        fail("there is not enough memory; use fewer or smaller images, or a smaller network")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         fail(explain(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -65,10 +64,9 @@ def fail(reason):
 
 
 def explain(error):
-    """What a RuntimeError of PyTorch means that is no fault of the code; any other is raised again."""
-    if lack := re.search(r"DefaultCPUAllocator.* allocate (\d+) bytes", str(error), re.S):
-        more = int(lack[1]) / 1e9
-        return f"there is not enough memory for {more:,.1f} GB more; use fewer or smaller images, or a smaller network"
+    """What an error of PyTorch, or a lack of memory, means that is no fault of the code; others are raised again."""
+    if lack := memory.lack(error):
+        return f"{lack}; use fewer or smaller images, or a smaller network"
     # What gloo and NCCL say when a peer is gone: Connection closed, Connection reset, Broken pipe, ...
     if os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|onnection", str(error)):
         return f"{error} (if another process of the run ended, see its message; go on with --resume auto)"

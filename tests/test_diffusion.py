@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import diffusion
-from support import real_noise
 
 T, MU, S = 10, 0.3, 0.5
 
@@ -133,17 +132,3 @@ def test_a_noise_schedule_is_two_functions(noisy, monkeypatch):
     same = torch.full((900,), 7)
     x_t = diffusion.add_noise(x0, eps, same, T).reshape(1, 3, 120, 120)
     assert diffusion.estimate_sigma(optimal, x_t, T, 12).item() == pytest.approx(0.49, rel=0.05)
-
-
-def test_correlated_noise_keeps_its_variance():
-    random = torch.Generator().manual_seed(0)
-    eps = torch.randn(60, 3, 32, 32, generator=random)
-    noise = real_noise.correlate(eps, random, share=1.0)
-    assert noise.square().mean().item() == pytest.approx(1, rel=0.02)
-    assert noise.square().mean(dim=(1, 2, 3)).sub(1).abs().max() < 0.3
-    neighbours = (noise[..., 1:] * noise[..., :-1]).mean(dim=(1, 2, 3))
-    assert neighbours.min() < 0.02 and 0.3 < neighbours.max() < 0.75  # exp(-1 / (4 * 0.8^2)) = 0.68
-    shared = noise.mean(dim=1).square().mean(dim=(1, 2))  # 1/3 for independent channels, 1 for equal ones
-    assert shared.min() < 0.2 and shared.max() > 0.8
-    some = (real_noise.correlate(eps, random) != eps).flatten(1).any(dim=1)
-    assert 10 <= some.sum() <= 30
