@@ -1,7 +1,6 @@
 """The noise level that support/noise_level.py finds, beside the true one, for nine kinds of noise.
 
-    python -m benchmarks.noise_level --data-dir data/photographs                 flat places and the network
-    python -m benchmarks.noise_level --data-dir data/photographs --flat          flat places alone, much faster
+    python -m benchmarks.noise_level --data-dir data/photographs
 
 Prints, for every kind and level of noise, the share of the test pictures whose level is found within 15%, and the
 median of found / true. The true level is measured: see true_sigma.
@@ -10,21 +9,14 @@ median of found / true. The true level is measured: see true_sigma.
 import io
 
 import numpy as np
-import torch
 from PIL import Image
 
 import config
 import data
-import denoise
-from config import Setting
 from diffusion import GREY_LEVELS
-from support import device, noise_level, script
+from support import noise_level, script
 
-SETTINGS = data.SETTINGS | device.SETTINGS | {
-    "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
-    "weights": Setting(None, config.name, "checkpoint; None: that of denoise.py"),
-    "flat":    Setting(False, bool, "look at flat places alone, not at the network's likelihood"),
-}  # fmt: skip
+SETTINGS = data.SETTINGS | {"dataset": data.SETTINGS["dataset"]._replace(default="folder")}
 LEVELS = (5, 10, 20, 40)  # grey levels of 255
 BLOCK = 16  # pixels, height and width of a flat place
 FLATTEST = 0.1  # of the picture's blocks that are not clipped: where the truth is measured
@@ -123,7 +115,7 @@ def true_sigma(clean, noisy):
     return float(np.sqrt(np.square(noisy[flat] - clean[flat]).mean()))
 
 
-def row(kind, pictures, model, T):
+def row(kind, pictures):
     """A row of the table: kind, and for each of LEVELS the share within 15% and the median of found / true."""
     cells = []
     for sigma in LEVELS:
@@ -131,26 +123,23 @@ def row(kind, pictures, model, T):
         for seed, (_, read) in enumerate(pictures):
             clean = read().numpy()
             noisy = degrade(kind, clean, sigma, seed)
-            found = GREY_LEVELS * noise_level.estimate(noisy, model, T).sigma
+            found = GREY_LEVELS * noise_level.estimate(noisy).sigma
             ratios.append(found / true_sigma(clean, noisy))
         right = np.mean(np.abs(np.array(ratios) - 1) < 0.15)
         cells.append(f"{right:.0%} ({np.median(ratios):.2f})")
     return f"| {kind:11} |" + "".join(f" {cell:>12} |" for cell in cells)
 
 
-@torch.inference_mode()
 def main():
-    cfg = config.parse(__doc__, SETTINGS)
-    network = denoise.load(cfg.weights, cfg.device, cfg.precision)
-    model, T = (None, None) if cfg.flat else (network.model, network.trained.noise_steps)
-    pictures = data.whole_pictures("test", cfg)
-    print(f"{len(pictures)} pictures; {'flat places alone' if cfg.flat else f'flat places and {network.path}'}")
+    pictures = data.whole_pictures("test", config.parse(__doc__, SETTINGS))
+    print(f"{len(pictures)} pictures")
     print("| within 15%  |" + "".join(f" {f'sigma {sigma}':>12} |" for sigma in LEVELS))
     print("|---" + "|---" * len(LEVELS) + "|")
     for kind in KINDS:
-        print(row(kind, pictures, model, T), flush=True)
-    clean = [GREY_LEVELS * noise_level.estimate(read().numpy(), model, T).sigma for _, read in pictures]
-    print(f"no noise added: at most 2 for {np.mean(np.array(clean) <= 2):.0%}, median {np.median(clean):.1f}")
+        print(row(kind, pictures), flush=True)
+    clean = [GREY_LEVELS * noise_level.estimate(read().numpy()).sigma for _, read in pictures]
+    print(f"no noise added: at most 2 for {np.mean(np.array(clean) <= 2):.0%}, median {np.median(clean):.1f}, ", end="")
+    print(f"highest {max(clean):.1f}")
 
 
 if __name__ == "__main__":

@@ -4,21 +4,19 @@ import ctypes
 import platform
 import re
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
-LARGEST_THRESHOLD = 32 * 2**20  # bytes; mallopt refuses more
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_THRESHOLD = 32 * 2**20  # bytes, above which memory is not kept; mallopt refuses more
 
 
-def keep_freed_memory(of_any_size=False):
+def keep_freed_memory():
     """Ask glibc not to return freed memory to the system, which would hand it out again page by page, zeroed.
 
-    Blocks above LARGEST_THRESHOLD are still returned at once; of_any_size: they are not, which saves more time and
-    takes more memory at the peak. Returns whether it took effect: Linux with glibc only.
+    Blocks above LARGEST_THRESHOLD are still returned at once. Returns whether it took effect: Linux with glibc only.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    mmap = (M_MMAP_MAX, 0) if of_any_size else (M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
-    return bool(mallopt(*mmap) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def lack(error):

@@ -34,12 +34,10 @@ def found(pixels, *args):
 @pytest.mark.parametrize("sigma", [5, 20])
 @pytest.mark.parametrize("kind", benchmark.KINDS)
 def test_every_kind_of_noise(picture, kind, sigma):
-    if kind.startswith("JPEG") and sigma == 5:
-        pytest.skip("it has hardly survived")
     noisy = benchmark.degrade(kind, picture, sigma)
     level, low, high = found(noisy)
     true = benchmark.true_sigma(picture, noisy)
-    assert level == pytest.approx(true, rel=0.15)
+    assert level == pytest.approx(true, rel=0.15, abs=0.6)
     assert low <= true <= high
 
 
