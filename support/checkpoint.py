@@ -38,6 +38,7 @@ except ImportError:  # Windows: no lock
 
 SHIPPED = Path(__file__).parent.parent / "model" / "unet32.pth"  # the trained weights that come with the code
 PHOTO = SHIPPED.with_name("photo.pth")  # those trained on photographs
+NOISE_LEVEL = SHIPPED.with_name("noise_level.pth")  # those of support/noise_level.py
 # All that torch.save refers to in a dict of plain values and tensors of these three types.
 GLOBALS = {
     *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
@@ -324,7 +325,11 @@ def read(path):
             check_size(state, values, size)
             return state
     except FileNotFoundError:
-        hint = "restore it" if Path(path) in (SHIPPED, PHOTO) else "train.py names every checkpoint that it saves"
+        hint = (
+            "restore it"
+            if Path(path) in (SHIPPED, PHOTO, NOISE_LEVEL)
+            else "train.py names every checkpoint that it saves"
+        )
         raise CheckpointError(f"{path} does not exist; {hint}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None

@@ -11,7 +11,6 @@ not have a flat block, the likelihood decides (diffusion.estimate_sigma); it tak
 import functools
 import itertools
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +18,11 @@ import torch
 from torch import nn
 
 import diffusion
-from config import UserError
 from diffusion import GREY_LEVELS
+from support import checkpoint
 from support.device import memory_format
 
-WEIGHTS = Path(__file__).parents[1] / "model" / "noise_level.pth"
+WEIGHTS = checkpoint.NOISE_LEVEL
 WINDOW, WINDOWS = 64, 8  # of a large picture, WINDOWS x WINDOWS evenly spread windows are looked at
 BLOCK = 16  # pixels, height and width
 FEW = 100  # blocks: in a picture with fewer the likelihood decides
@@ -202,11 +201,10 @@ def level_of(logarithm):
 
 @functools.cache
 def regression():
-    """The Regression that comes with the repository. Raises UserError if it is not there."""
+    """The Regression that comes with the repository. Raises CheckpointError."""
     model = Regression()
     try:
-        model.load_state_dict(torch.load(WEIGHTS, weights_only=True)["model"])
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
-        raise UserError(f"{WEIGHTS} {reason}; restore it, or give --sigma") from None
+        model.load_state_dict(checkpoint.read(WEIGHTS)["model"])
+    except (RuntimeError, KeyError, TypeError):
+        raise checkpoint.CheckpointError(f"{WEIGHTS} has other contents than this version needs; restore it") from None
     return model.eval()

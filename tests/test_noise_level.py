@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+import benchmarks.fit_noise_level
 from benchmarks import noise_level as benchmark
 from diffusion import GREY_LEVELS
 from support import noise_level
+from support.checkpoint import CheckpointError
 
 T = 10
 
@@ -101,3 +103,46 @@ def test_a_large_picture_is_sampled():
     tile = np.random.default_rng(0).normal(128, 10, (3, 400, 600)).round().astype(np.uint8)
     pixels = np.broadcast_to(tile[:, None, :, None], (3, 10, 400, 10, 600)).reshape(3, 4000, 6000)
     assert found(pixels)[0] == pytest.approx(10, rel=0.15)
+
+
+# ---- the fit -----------------------------------------------------------------------------------------------------
+
+
+def test_the_fit_finds_quantiles():
+    """Levels that depend on two statistics, times a factor whose distribution is known."""
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(6000, noise_level.STATISTICS, generator=random)
+    middle = (2 + features[:, 3] - 0.5 * features[:, 40]).exp()
+    levels = middle * (0.1 * torch.randn(6000, generator=random)).exp()
+    model = benchmarks.fit_noise_level.fit(features[:5000], levels[:5000], epochs=8)
+    found = noise_level.level_of(model(features[5000:]))
+    assert (found[:, 0] / middle[5000:]).log().abs().median() < 0.2  # of 0.75 for a constant
+    inside = (found[:, 1] <= levels[5000:]) & (levels[5000:] <= found[:, 2])
+    assert inside.float().mean() == pytest.approx(0.9, abs=0.1)
+
+
+def test_the_logarithm_of_a_level():
+    levels = torch.tensor([0.0, 0.1, 1, 20, 100])
+    torch.testing.assert_close(noise_level.level_of(noise_level.logarithm_of(levels)), levels, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_examples_are_pictures_with_noise(picture, seed):
+    found = benchmarks.fit_noise_level.example(picture, [0, seed])
+    assert found is not None
+    features, level = found
+    assert features.shape == (noise_level.STATISTICS,) and np.isfinite(features).all()
+    assert 0 <= level < 100
+
+
+def test_missing_weights_are_named(monkeypatch, tmp_path, picture):
+    monkeypatch.setattr(noise_level, "WEIGHTS", tmp_path / "noise_level.pth")
+    monkeypatch.setattr(noise_level, "regression", noise_level.regression.__wrapped__)
+    with pytest.raises(CheckpointError, match=r"noise_level\.pth does not exist"):
+        noise_level.estimate(picture)
+    noise_level.WEIGHTS.write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match=r"noise_level\.pth is damaged"):
+        noise_level.estimate(picture)
+    torch.save({"model": {}}, noise_level.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"noise_level\.pth has other contents"):
+        noise_level.estimate(picture)
