@@ -69,14 +69,14 @@ def test_clipped_areas_are_no_flat_places(picture):
     assert found(noisy)[0] == pytest.approx(20, rel=0.15)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (33, 47)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8000), (33, 47)])
 @pytest.mark.parametrize("channels, value", [(1, 0), (3, 77), (3, 255)])
 def test_constant_pictures_have_no_noise(shape, channels, value):
     pixels = np.full((channels, *shape), value, np.uint8)
     assert np.abs(found(pixels, lambda x, t: torch.zeros_like(x), T)).max() < 0.01
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (1, 5000), (300, 700)])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (1, 8000), (300, 700)])
 def test_pictures_of_any_shape(shape):
     pixels = np.random.default_rng(0).integers(100, 140, (3, *shape)).astype(np.uint8)
     assert np.isfinite(found(pixels)).all()
@@ -111,14 +111,14 @@ def test_a_large_picture_is_sampled():
 def test_the_fit_finds_quantiles():
     """Levels that depend on two statistics, times a factor whose distribution is known."""
     random = torch.Generator().manual_seed(0)
-    features = torch.randn(6000, noise_level.STATISTICS, generator=random)
+    features = torch.randn(9000, noise_level.STATISTICS, generator=random)
     middle = (2 + features[:, 3] - 0.5 * features[:, 40]).exp()
-    levels = middle * (0.1 * torch.randn(6000, generator=random)).exp()
-    model = benchmarks.fit_noise_level.fit(features[:5000], levels[:5000], epochs=8)
-    found = noise_level.level_of(model(features[5000:]))
-    assert (found[:, 0] / middle[5000:]).log().abs().median() < 0.2  # of 0.75 for a constant
-    inside = (found[:, 1] <= levels[5000:]) & (levels[5000:] <= found[:, 2])
-    assert inside.float().mean() == pytest.approx(0.9, abs=0.1)
+    levels = middle * (0.1 * torch.randn(9000, generator=random)).exp()
+    model = benchmarks.fit_noise_level.fit(features[:8000], levels[:8000], epochs=5)
+    found = noise_level.level_of(model(features[8000:]))
+    assert (found[:, 0] / middle[8000:]).log().abs().median() < 0.2  # of 0.75 for a constant
+    inside = (found[:, 1] <= levels[8000:]) & (levels[8000:] <= found[:, 2])
+    assert inside.float().mean() == pytest.approx(0.9, abs=0.12)
 
 
 def test_the_logarithm_of_a_level():
