@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, TINY
+from PIL import Image
 
 import config
 import data
 import train
 import unet
-from benchmarks import reference, speed, time_to_loss, timed
+from benchmarks import real_noise, reference, speed, time_to_loss, timed
 from support import checkpoint
 from support.world import World
 
@@ -185,3 +186,16 @@ def test_a_measured_training(pictures, tmp_path, monkeypatch):
     assert (tmp_path / "model/unet32_e0.pth").exists()
     with pytest.raises(config.UserError, match=r"failed: error: .* already holds"):
         speed.train_and_measure("train", *flags)
+
+
+def test_the_table_of_real_noise(tmp_path, monkeypatch, capsys):
+    """A grey ramp: white noise of sigma 20 means 20 log10(255 / 20) = 22.1 dB, and a denoiser gains much."""
+    ramp = Image.linear_gradient("L").resize((160, 160)).point(lambda value: 60 + value // 2).convert("RGB")
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        ramp.save(tmp_path / split / "ramp.png")
+    monkeypatch.setattr(sys, "argv", ["real_noise", "--data-dir", str(tmp_path), "--weights", str(checkpoint.PHOTO)])
+    monkeypatch.setattr(real_noise, "KINDS", ["white"])
+    real_noise.main()
+    noisy, clean = map(float, re.search(r"\| white \| (\S+) \| (\S+) \|", capsys.readouterr().out).groups())
+    assert noisy == pytest.approx(22.1, abs=0.2) and clean > 32

@@ -67,7 +67,7 @@ def test_the_commands_parse(path, capsys):
 
 @by_name
 def test_the_flags_exist(path):
-    benchmarks = ("faults", "fit_noise_level", "noise_level", "speed", "time_to_loss")
+    benchmarks = ("faults", "fit_noise_level", "noise_level", "real_noise", "speed", "time_to_loss")
     modules = map(importlib.import_module, (*SCRIPTS, *(f"benchmarks.{name}" for name in benchmarks)))
     settings = {name: setting for module in modules for name, setting in module.SETTINGS.items()}
     flags = {"--" + name.replace("_", "-") for name in settings} | OTHER_FLAGS

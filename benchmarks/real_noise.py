@@ -1,0 +1,47 @@
+"""What denoise.py makes of noise that is not white: PSNR by kind of noise, of one or several weights side by side.
+
+    python -m benchmarks.real_noise --data-dir data/photographs --limit 8 --weights model/unet32.pth model/photo.pth
+
+Whole test pictures, with noise of level 20 of 255 of the kinds of benchmarks/noise_level.py, in 8 bits. The level is
+estimated from each picture, as denoise.py does by default.
+"""
+
+import numpy as np
+
+import config
+import data
+import denoise
+from benchmarks.noise_level import KINDS, degrade
+from config import Setting
+from support import device, script
+
+SETTINGS = data.SETTINGS | device.SETTINGS | {
+    "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
+    "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.name, "checkpoints to compare", "+"),
+}  # fmt: skip
+SIGMA = 20  # grey levels of 255
+
+
+def psnr(clean, pixels):
+    """In dB, of uint8 pixels."""
+    return 10 * np.log10(255**2 / np.square(clean.astype(float) - pixels).mean())
+
+
+def main():
+    cfg = config.parse(__doc__, SETTINGS)
+    pictures = [read() for _, read in data.whole_pictures("test", cfg)]
+    networks = [denoise.load(weights, cfg.device, cfg.precision) for weights in cfg.weights]
+    print(f"PSNR in dB of {len(pictures)} pictures")
+    print("| noise | noisy |" + "".join(f" {weights} |" for weights in cfg.weights))
+    print("|---|---" + "|---" * len(networks) + "|")
+    for kind in KINDS:
+        values = []
+        for seed, clean in enumerate(pictures):
+            noisy = clean.new_tensor(degrade(kind, clean.numpy(), SIGMA, seed))
+            results = [noisy] + [denoise.run(network, noisy).clean for network in networks]
+            values.append([psnr(clean.numpy(), result.numpy()) for result in results])
+        print(f"| {kind} |" + "".join(f" {mean:.2f} |" for mean in np.mean(values, axis=0)), flush=True)
+
+
+if __name__ == "__main__":
+    script.run(main)
