@@ -172,7 +172,7 @@ def blockiness(parts, axis):
 class Regression(nn.Module):
     """Statistics (B, STATISTICS) -> logarithms of the level in grey levels, (B, 3), see OUTPUTS and `level_of`."""
 
-    def __init__(self, width=64):
+    def __init__(self, width=128):
         super().__init__()
         self.register_buffer("mean", torch.zeros(STATISTICS))
         self.register_buffer("std", torch.ones(STATISTICS))
