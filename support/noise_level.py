@@ -115,10 +115,10 @@ def statistics(parts):
     order = energies[:, 0].mean(axis=1).argsort(kind="stable")  # by luma
     limits = [int(share * len(order)) for share in FLATTEST]
     groups = [order[start : max(end, start + 3)] for start, end in itertools.pairwise(limits)]
-    logarithms = [np.quantile(energies, QUANTILES, axis=0), *(energies[group].mean(axis=0) for group in groups)]
+    summary = [np.quantile(energies, QUANTILES, axis=0), *(energies[group].mean(axis=0) for group in groups)]
     return np.concatenate(
         [
-            *(np.log(energy + FLOOR).ravel() for energy in logarithms),
+            *(np.log(energy + FLOOR).ravel() for energy in summary),
             *(blockiness(parts, axis) for axis in (1, 2)),
             [math.log(len(blocks)), clipped, blocks.mean() / 255],
         ]
