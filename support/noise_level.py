@@ -30,14 +30,7 @@ SMALLEST = 32  # pixels: a smaller picture is mirrored at its edges
 
 # Luma and two directions of chroma, orthonormal: noise that is equal and independent in R, G and B is so in these too.
 COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]], np.float32) / np.sqrt([[3], [2], [6]], dtype=np.float32)
-BANDS = (
-    0.032,
-    0.1,
-    0.2,
-    0.35,
-    0.5,
-    1,
-)  # cycles a pixel, the limits of five bands; a block's mean and slope are in none
+BANDS = (0.032, 0.1, 0.2, 0.35, 0.5, 1)  # cycles a pixel, limits of five bands, without a block's mean and slope
 QUANTILES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # of the blocks, by their energy in one band
 FLATTEST = (0, 0.01, 0.04, 0.12)  # of the blocks, by their energy in all bands of luma: the limits of three groups
 JPEG_BLOCK = 8
@@ -65,7 +58,7 @@ def estimate(pixels, model=None, T=None, device="cpu"):
     parts = windows(pixels)
     features, count = statistics(parts)
     levels = regression().levels(features) if features is not None else np.zeros(len(OUTPUTS))
-    if model is not None and count < FEW and levels[0] > 0:
+    if model is not None and len(parts) == 1 and count < FEW and levels[0] > 0:
         # The network finds a little noise even where there is none.
         sigma = min(likelihood(model, parts[0], T, device), 2 * levels[0])
         levels = sigma * np.array([1, 0.93, 1.07])
@@ -82,7 +75,8 @@ def windows(pixels):
     parts = [pixels]
     if height * width > (WINDOW * WINDOWS) ** 2:
         rows, columns = (
-            np.unique(np.linspace(0, max(n - WINDOW, 0), WINDOWS).astype(int) // 8 * 8) for n in (height, width)
+            np.unique(np.linspace(0, max(n - WINDOW, 0), WINDOWS).astype(int) // JPEG_BLOCK * JPEG_BLOCK)
+            for n in (height, width)
         )
         parts = [pixels[:, y : y + WINDOW, x : x + WINDOW] for y in rows for x in columns]
     height, width = parts[0].shape[1:]
