@@ -1,5 +1,6 @@
 # make train ARGS="--epochs 1": set up .venv and train.    make test: set up and run the tests (three minutes).
-# make test-all: the slow proofs too.    make lint: what CI checks.    make clean: remove .venv.
+# make test-all: the slow proofs too, and the tests of what needs further packages.
+# make lint: format and style.    make clean: remove .venv.
 # PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ train: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: .venv/installed-dev
+test-all: .venv/installed-all
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
 lint: .venv/installed-dev
@@ -28,4 +29,8 @@ clean:
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+.venv/installed-all: .venv/installed-dev requirements-bench.txt requirements-demo.txt
+	$(BIN)/python -m pip install -r requirements-bench.txt -r requirements-demo.txt
 	touch $@

@@ -16,8 +16,8 @@ from support import real_noise
 from support.crops import Crops
 from support.datasets import DATASETS, automatic
 from support.device import memory_format
-from support.pictures import SIZE, read, size_of  # noqa: F401
-from support.streams import CHOICE, HELD_OUT_NOISE, JPEG, KERNELS, NOISE, ORDER, choice, generator  # noqa: F401
+from support.pictures import DataError, read
+from support.streams import HELD_OUT_NOISE, JPEG, NOISE, ORDER, choice, generator
 
 TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
@@ -43,7 +43,8 @@ def load(split, cfg):
 
 def resolve(cfg):
     """cfg with "auto", and other data settings left open, replaced by what they stand for. Raises UserError."""
-    cfg = dataclasses.replace(cfg, dataset=automatic(cfg.data_dir) if cfg.dataset == "auto" else cfg.dataset)
+    if cfg.dataset == "auto":
+        cfg = dataclasses.replace(cfg, dataset=automatic(cfg.data_dir, typed="data_dir" in cfg.given))
     chosen = DATASETS[cfg.dataset]
     for other, module in DATASETS.items():
         for stray in sorted(cfg.given & module.SETTINGS.keys() - chosen.SETTINGS.keys()):
@@ -60,9 +61,16 @@ def whole_pictures(split, cfg):
     def reader(path):
         return lambda: torch.from_numpy(read(path, cfg.max_pixels)).permute(2, 0, 1)
 
-    found = DATASETS[cfg.dataset].files(split, cfg)
-    good = [item for item in found if not cfg.skip_bad_images or min(size_of(item[1])) > 0]
-    return [(relative, reader(path)) for relative, path in good]
+    found = [(relative, reader(path)) for relative, path in DATASETS[cfg.dataset].files(split, cfg)]
+    return [item for item in found if not cfg.skip_bad_images or readable(item[1])]
+
+
+def readable(reader):
+    try:
+        reader()
+        return True
+    except DataError:
+        return False
 
 
 def fingerprint(*splits):
@@ -118,23 +126,25 @@ def batches(images, cfg, epoch, rank=0, world=1, start=0):
 def draw_noise(shape, cfg, device, step):
     """The noise of a step: t (B,), uniform on 1 ... T-1, and standard Gaussian eps of `shape`, (B, C, H, W).
 
-    cfg.sigma_range, two levels of 255: t is real and uniform between them. Else cfg.continuous_t: real, from 1/2 to
-    T - 1/2, the integers spread over the half on either side. cfg.noise "mixed": see real_noise.correlate.
+    cfg.sigma_range, two levels of 255: t is real and between them, with a density proportional to
+    t ** cfg.sigma_power. Else cfg.continuous_t: real, from 1/2 to T - 1/2, the integers spread over the half on either
+    side. cfg.noise "mixed": see real_noise.correlate.
     """
     T, random = cfg.noise_steps, generator(device, cfg.seed, NOISE, step)
     t = torch.randint(1, T, shape[:1], generator=random, device=device)
     eps = torch.randn(shape, generator=random, device=device)
     if cfg.sigma_range:
         low, high = (diffusion.t_of(sigma / diffusion.GREY_LEVELS, T) for sigma in cfg.sigma_range)
-        t = low + (high - low) * torch.rand(shape[:1], generator=random, device=device)
+        uniform, power = torch.rand(shape[:1], generator=random, device=device), 1 + cfg.sigma_power
+        t = (low**power + (high**power - low**power) * uniform) ** (1 / power)
     elif cfg.continuous_t:
         t = t + torch.rand(shape[:1], generator=random, device=device) - 0.5
-    return t, real_noise.correlate(eps, random) if cfg.noise == "mixed" else eps
+    return t, real_noise.correlate(eps, random, cfg.noise_shares[0]) if cfg.noise == "mixed" else eps
 
 
 def draw_qualities(cfg, step):
     """The JPEG quality of each noisy image of a step if cfg.noise is "mixed", (B,) integers; 0: not compressed."""
-    return real_noise.draw_qualities(cfg.batch_size, generator("cpu", cfg.seed, JPEG, step))
+    return real_noise.draw_qualities(cfg.batch_size, generator("cpu", cfg.seed, JPEG, step), cfg.noise_shares[1])
 
 
 def held_out_noise(images, start):

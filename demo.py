@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
+
 import config
 import denoise
 from config import Setting, UserError, whole
@@ -43,10 +45,16 @@ def clean(path, estimated, sigma, strength, network, max_pixels, folder):
     given = None if estimated else sigma
     result = denoise.run(network, noisy, given and given / GREY_LEVELS, strength)
     picture_files.write(pack(result.clean), target, options, overwrite=True)
-    notes = [denoise.describe(result.level, given, strength), *denoise.doubts(noisy, result, network, strength)]
+    notes = [denoise.describe(result.level, given, strength)]
+    if doubt := denoise.doubt(noisy, result, network, strength):
+        notes.append(doubt)
     if max(image.size) > SHOWN:
         notes.append(f"shown reduced to {SHOWN} pixels; what you save has all {image.width} x {image.height}")
-    return tuple(sheets.shown(view, largest=SHOWN) for view in (noisy, result.clean)), str(target), "  \n".join(notes)
+    return (
+        tuple(sheets.shown(view, largest=SHOWN) for view in (noisy, result.clean)),
+        str(target),
+        "  \n".join(notes),
+    )
 
 
 def page(network, max_pixels, folder):
@@ -57,8 +65,12 @@ def page(network, max_pixels, folder):
             return None, gr.DownloadButton(interactive=False), ""
         try:
             views, target, text = clean(path, estimated, sigma, strength, network, max_pixels, folder)
-        except (UserError, OSError, MemoryError) as error:
-            raise gr.Error(str(error) or "there is not enough memory", duration=None) from None
+        except (UserError, OSError) as error:
+            raise gr.Error(str(error), duration=None) from None
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or memory.lack(error)):
+                raise
+            raise gr.Error("there is not enough memory for this picture; use a smaller one", duration=None) from None
         return views, gr.DownloadButton(value=target, interactive=True), text
 
     with gr.Blocks(title="Denoise a picture", analytics_enabled=False, fill_width=True) as blocks:
@@ -92,6 +104,7 @@ def main():
     network = denoise.load(cfg.weights, cfg.device, cfg.precision)
     font = ["system-ui", "sans-serif"]  # of the machine: others would be fetched from the network
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results go with the page
         blocks = page(network, cfg.max_pixels, folder)
         options = dict(server_name="127.0.0.1", server_port=cfg.port, share=False, ssr_mode=False)
         theme = gr.themes.Default(font=font, font_mono=["monospace"])

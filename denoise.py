@@ -3,7 +3,7 @@
     python denoise.py noisy.png -o clean.png               the noise level is estimated from the picture, and printed
     python denoise.py a.png b.jpg -o clean/ --sigma 25     it is known: a standard deviation of 25 grey levels of 255
     python denoise.py photos -o clean --compare            a folder with all below it, and before-after figures
-    python denoise.py noisy.png -o clean.png --sheet       and the middle at several strengths, to choose one by eye
+    python denoise.py noisy.png -o clean.png --sheet       and a sheet of its centre at several strengths
 
 From Python:
 
@@ -51,9 +51,9 @@ SETTINGS = {
     "steps": Setting(1, whole(1, 1000), "denoising steps; 1: the best PSNR, more: sharper"),
     "weights": Setting(None, name, "checkpoint to use; None: model/photo.pth, or model/unet32.pth if that is absent"),
     "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
-    "sheet": Setting(False, bool, "write the middle at several strengths beside each output, {name}_sheet.png"),
+    "sheet": Setting(False, bool, "write a sheet of the centre denoised at several strengths, {name}_sheet.png"),
     "overwrite": Setting(False, bool, "replace output files that exist"),
-    "max_pixels": Setting(100_000_000, whole(), "pixels of the largest picture that is read; a small file can expand"),
+    "max_pixels": Setting(pictures.MAX_PIXELS, whole(), "of the largest picture that is read; a small file can expand"),
 } | device.SETTINGS  # fmt: skip
 
 # Pixels, height and width of a tile. With the widths 64 128 256, 64 channels of a tile just fit into a block of memory
@@ -75,8 +75,8 @@ def denoise(image, sigma=None, strength=1, weights=None):
     in grey levels of 255; None: estimated. strength: a factor of it. weights: a checkpoint; None: the best there are.
     Raises ValueError for other images and settings, CheckpointError.
     """
-    if not strength > 0 or not (sigma is None or sigma > 0):
-        raise ValueError("sigma and strength must be greater than 0")
+    if not 0 < strength < math.inf or not (sigma is None or 0 < sigma < math.inf):
+        raise ValueError("sigma and strength must be positive and finite")
     if isinstance(image, torch.Tensor) and image.dim() == 4:
         return torch.stack([denoise(one, sigma, strength, weights) for one in image])
     noisy, pack = pixels.unpack(image)
@@ -172,8 +172,11 @@ def denoise_file(source, target, network, cfg):
     for extra in extras_of(cfg):
         picture_files.write(draw[extra](), picture_files.beside(target, extra), {"format": "PNG"}, cfg.overwrite)
     tqdm.write(f"{source} -> {target}  {describe(result.level, cfg.sigma, cfg.strength)}")
-    for doubt in [f"its {what} cannot be stored there" for what in lost] + doubts(noisy, result, network, cfg.strength):
-        tqdm.write(f"WARNING: {source}: {doubt}", sys.stderr)
+    warnings = [f"its {what} cannot be stored there" for what in lost]
+    if found := doubt(noisy, result, network, cfg.strength):
+        warnings.append(found)
+    for warning in warnings:
+        tqdm.write(f"WARNING: {source}: {warning}", sys.stderr)
 
 
 def extras_of(cfg):
@@ -186,20 +189,20 @@ def describe(level, given, strength):
     return f"sigma {found}" + (f", times {strength:g}" if strength != 1 else "")
 
 
-def doubts(noisy, result, network, strength):
-    """Reasons to look at the result, at most one."""
+def doubt(noisy, result, network, strength):
+    """A reason to look at the result, or None."""
     if pixels.rms_change(noisy, result.clean) < 1:
-        return ["almost nothing was removed; try --sigma 15, 25 or 40"]
+        return "almost nothing was removed; try --sigma 15, 25 or 40"
     trained, assumed = network.trained, strength * result.level.sigma
     end = 0.5 if getattr(trained, "continuous_t", False) else 1
     ends = [GREY_LEVELS * diffusion.sigma_of(t, trained.noise_steps) for t in (end, trained.noise_steps - end)]
     low, high = (level / result.gain for level in getattr(trained, "sigma_range", None) or ends)
     if low / 2 <= GREY_LEVELS * assumed <= 1.1 * high:
-        return []
-    return [
+        return None
+    return (
         f"sigma {grey(assumed)} is assumed, but the network was trained on {low:.1f} to {high:.1f}"
         f"{' (grey)' if result.gain > 1 else ''}; look at the result, or give another --sigma"
-    ]
+    )
 
 
 def grey(sigma):

@@ -12,7 +12,6 @@ Of images of one size it also draws model/res/evaluation_{checkpoint}.png.
 
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import data
 import denoise
 import diffusion
 from config import Setting, UserError, name_ending, whole
-from support import checkpoint, classical, device, figures, files, held_out, measure, metrics, script, tables
+from support import checkpoint, classical, device, figures, files, held_out, measure, metrics, script, streams, tables
 from support.measure import LITERATURE, network, noisy
 from visualize import load_run
 
@@ -62,14 +61,14 @@ def plan(cfg, networks):
 
 
 @torch.inference_mode()
-def evaluate_images(cfg, networks, blind, images):
-    """The tables and the records, for uint8 images of one size. blind: whether the network knows noise levels."""
+def evaluate_images(cfg, networks, knows_level, images):
+    """The tables and the records, for uint8 images of one size. knows_level: whether the network knows t."""
     model, T = networks["network"]
     records = measure.run(plan(cfg, networks), T, images)
     made = [tables.summary(records), tables.one_step(records)]
     made += [tables.control(records)] if "control" in networks else []
     made.append(tables.several_steps(records, cfg.subset))
-    if blind:
+    if knows_level:
         estimators = {"the network": lambda x_t: diffusion.estimate_sigma(model, x_t, T)}
         estimators |= classical.sigma_estimators() if cfg.baselines else {}
         made.append(tables.blind(measure.blind(images[: cfg.subset], LITERATURE, estimators)))
@@ -124,9 +123,10 @@ def main():
     cfg = config.parse(__doc__, SETTINGS)
     started, place = time.monotonic(), device.pick(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(place))  # a fallback is told once
-    for path in filter(None, (cfg.json, cfg.markdown)):
-        if os.path.lexists(path) and not cfg.overwrite:
-            raise UserError(f"{path} exists; choose another name, or add --overwrite to replace it")
+    reports = [path for path in (cfg.json, cfg.markdown) if path]
+    if not cfg.overwrite:
+        files.refuse_existing(*reports, remedy="choose another name, or add --overwrite to replace it")
+    for path in reports:
         script.make_folder(Path(path).parent)
     weights, model, trained, cfg = load_run(cfg)
     networks = {"network": (model, trained.noise_steps)}
@@ -136,7 +136,7 @@ def main():
     figure = Path(cfg.out_dir) / "res" / f"evaluation_{weights.stem}.png"
     images, source = data.load("test", cfg)
     # In an order in which the first few are a fair sample, of any folder.
-    images = images[torch.randperm(len(images), generator=data.generator("cpu", 0, data.CHOICE, 0))].to(place)
+    images = images[torch.randperm(len(images), generator=streams.generator("cpu", 0, streams.CHOICE, 0))].to(place)
     pictures = held_out_pictures(cfg)
     if pictures:
         source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
@@ -149,7 +149,7 @@ def main():
     shares = held_out.channels_in_use(trained, model, images)
     precision, knows_level = device.pick_precision(cfg.precision, place), trained.model != "plain"
     adapt = measure.of_any_size if pictures else measure.in_precision
-    networks = {name: (adapt(model, precision), T) for name, (model, T) in networks.items()}
+    networks = {name: (adapt(net, precision), T) for name, (net, T) in networks.items()}
     if pictures:
         denoiser = denoise.load(weights, cfg.device, cfg.precision)
         blind = (lambda x_t: denoise.run(denoiser, x_t[0].cpu()).clean[None].to(place)) if knows_level else None

@@ -15,7 +15,7 @@ import data
 import diffusion
 import unet
 from config import Setting, UserError, positive, whole
-from support import device, figures, script
+from support import device, figures, script, streams
 
 SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "t":          Setting(5, whole(), "time step of the noise, from 1 to T-1"),
@@ -54,7 +54,7 @@ def main():
     images, source = data.load("test", cfg)
     print(f"data: one of {source}")
     x0 = data.scale(images[:1].to(place))
-    eps = torch.randn(x0.shape, generator=data.generator("cpu", cfg.seed, data.NOISE, 0)).to(place)
+    eps = torch.randn(x0.shape, generator=streams.generator("cpu", cfg.seed, streams.NOISE, 0)).to(place)
     t = torch.tensor([cfg.t], device=place)
     torch.manual_seed(cfg.seed)
     model = unet.build(**unet.describe(cfg)).to(place, memory_format=device.memory_format(place))

@@ -2,15 +2,16 @@
 
     python train.py                                       one device (CUDA, Apple's MPS or the CPU)
     torchrun --nproc_per_node=4 train.py                  several
-    python train.py --resume auto                         go on from the newest checkpoint, if there is one
+    python train.py --resume auto                         resume from the newest checkpoint, if there is one
     python train.py --dataset folder --data-dir pictures  your own images
     python train.py --preset reference                    the textbook recipe, to compare with
 
-Writes model/unet32_e{epoch}.pth (epochs counted from 0) and model/log.csv, a row an epoch.
+Writes model/unet32_e{epoch}.pth (epochs counted from 0) and model/log.csv, one row per epoch.
 """
 
 import dataclasses
 import math
+import shlex
 import sys
 
 import torch
@@ -20,7 +21,7 @@ import data
 import diffusion
 import unet
 from config import Setting, real, whole
-from support import channels, checkpoint, device, memory, muon, real_noise, script
+from support import channels, checkpoint, device, memory, muon, real_noise, script, streams
 from support.held_out import channels_in_use, held_out_loss
 from support.loggers import LOGGERS
 from support.run import Run, begin, load_images
@@ -33,8 +34,8 @@ PRESETS = {
                       precision="float32"),
     # Photographs at full resolution, for denoise.py.
     "photographs": dict(dataset="folder", crop_size=96, fresh_crops=True, crops_per_image=10, augment=True,
-                        noise="mixed", sigma_range=(1.0, 75.0), init="model/unet32.pth", optimizer="muon",
-                        batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
+                        noise="mixed", sigma_range=(1.0, 75.0), sigma_power=0.75, init="model/unet32.pth",
+                        optimizer="muon", batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
 }  # fmt: skip
 
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
@@ -43,13 +44,15 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     # the noise
     "continuous_t":        Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
     "sigma_range":         Setting(None, real(0, 127), "lowest and highest sigma, of 255; None: those of the steps", 2),
+    "sigma_power":         Setting(0.0, real(0, 9), "density of the levels in sigma_range: sigma to this power"),
     "noise":               Setting("white", ("white", "mixed"), "mixed: some of it correlated, some through JPEG"),
+    "noise_shares":        Setting((0.25, 0.1), real(0, 1), "mixed: share of correlated noise, share of JPEG", 2),
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),
     "init":                Setting(None, config.name, "checkpoint whose weights to start from; None: random weights"),
     "optimizer":           Setting("adamw", ("adamw", "muon"), "AdamW; or Muon for the matrices, AdamW for the rest"),
     "epochs":              Setting(10, whole(), "passes over the training images; the schedule spans them"),
-    "batch_size":          Setting(16, whole(), "images an update, over all ranks together"),
+    "batch_size":          Setting(16, whole(), "images per update, over all ranks together"),
     "lr":                  Setting(2e-3, real(0, 1e3), "peak learning rate"),
     "beta2":               Setting(0.95, real(0, 0.999999), "AdamW's decay of the squared gradient; beta1 is 0.9"),
     "recycle":             Setting(0, whole(0), RECYCLE),
@@ -66,7 +69,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "save_model_epochs":   Setting(1, whole(), "epochs between checkpoints; the last is always saved"),
     "save_every_steps":    Setting(None, whole(), "save inside an epoch too, every so many updates; None: never"),
     "sample_every_epochs": Setting(0, whole(0), "epochs between comparison grids; 0: none"),
-    "resume":              Setting(None, config.name, "checkpoint to go on from; auto: the newest of out_dir"),
+    "resume":              Setting(None, config.name, "checkpoint to resume from; auto: the newest of out_dir"),
     "overwrite":           Setting(False, bool, "replace the checkpoints of another run in out_dir"),
     "loggers":             Setting(("csv",), tuple(LOGGERS), "where the numbers of an epoch go", "*"),
 }  # fmt: skip
@@ -76,7 +79,7 @@ def train(cfg, world, model, optimizer, x_train, x_test, run):
     """From where `run` stands to the last epoch. x_train, x_test: uint8 images, see data.load."""
     net = world.wrap(model, cfg)  # `model` stays the raw module, which is what is saved
     while len(run.log) < cfg.epochs:
-        for x0 in run.epoch(x_train):  # (batch_size / world.size, 3, 32, 32) in [-1, 1]
+        for x0 in run.epoch(x_train):  # (batch_size / world.size, 3, S, S) in [-1, 1]
             for group in optimizer.param_groups:
                 group["lr"] = run.lr_at(run.step)
             # Every rank draws the noise of the whole batch and takes its share: the same on any number of ranks.
@@ -99,7 +102,7 @@ def recycle(cfg, world, model, optimizer, x0, eps, t, run):
     """New kernels for channels that are not in use, measured on the batch at hand."""
     x_t, t = diffusion.add_noise(x0, eps, t, cfg.noise_steps), t.clone()
     world.copy(x_t, t)  # all ranks must recycle the same channels, and forget the same moments
-    count = channels.recycle(model, optimizer, x_t, t, data.generator("cpu", cfg.seed, data.KERNELS, run.step))
+    count = channels.recycle(model, optimizer, x_t, t, streams.generator("cpu", cfg.seed, streams.KERNELS, run.step))
     world.say(f"recycled {count} channels that were not in use")
 
 
@@ -125,19 +128,22 @@ def main():
     cfg, saved, folder = begin(config.parse(__doc__, SETTINGS, PRESETS), SETTINGS)
     if cfg.sigma_range and not cfg.sigma_range[0] < cfg.sigma_range[1]:
         raise config.UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
+    if cfg.sigma_power and not cfg.sigma_range:
+        raise config.UserError("--sigma-power is the density of the levels of --sigma-range; give that too")
+    if "noise_shares" in cfg.given and cfg.noise != "mixed":
+        raise config.UserError("--noise-shares are those of --noise mixed; give that too")
     world = join(cfg.device, cfg.batch_size)
     precision = str(device.pick_precision(cfg.precision, world.device)).removeprefix("torch.")
     # Rank 0's answer for all: a download can fail on one machine and not on another.
     dataset = world.agree(data.resolve(cfg).dataset if world.main else None)
     cfg = data.resolve(dataclasses.replace(cfg, dataset=dataset, precision=precision))
-    x_train, x_test, about = load_images(cfg, world)
-    world.say(f"data: {about['source']}; {about['test_source']}")
-
     torch.manual_seed(cfg.seed)
     model = unet.build(**unet.describe(cfg)).to(world.device, memory_format=device.memory_format(world.device))
     if cfg.init and not saved:
         checkpoint.load_weights(model, checkpoint.load(cfg.init), cfg.init)
     optimizer = make_optimizer(cfg, model)
+    x_train, x_test, about = load_images(cfg, world)
+    world.say(f"data: {about['source']}; {about['test_source']}")
     world.say(
         f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}, "
         f"{cfg.precision}; {cfg.epochs} epochs of {cfg.batch_size}-image batches"
@@ -156,7 +162,7 @@ def main():
             stopped = stop.signum
             world.say(f"stopped after step {run.step:,}")
             if run.save():
-                world.say(f"go on with --resume auto --out-dir {cfg.out_dir}")
+                world.say(f"go on with --resume auto --out-dir {shlex.quote(cfg.out_dir)}")
     world.leave()
     run.close()
     if stopped:

@@ -37,6 +37,8 @@ def load_run(cfg):
     weights = checkpoint.choose(cfg.weights, cfg.out_dir)
     model, trained = checkpoint.load_model(weights, device.pick(cfg.device))
     values = {name: getattr(trained, name) for name in data.SETTINGS.keys() - cfg.given - {"limit"}}
+    if cfg.dataset not in ("auto", trained.dataset):
+        del values["data_dir"]  # that of other images
     if "out_dir" not in cfg.given:
         values["out_dir"] = str(weights.parent)
     return weights, model, trained, dataclasses.replace(cfg, **values)

@@ -1,6 +1,6 @@
 """Make the weights that come with the repository from a checkpoint of train.py.
 
-    python -m benchmarks.export --weights model/muon/unet32_e9.pth --data-dir data/cifar10
+    python -m benchmarks.export --weights model/muon/unet32_e9.pth -o model/new.pth
 
 Run from the root of the repository, on the machine that trained. Halves the size (float16), measures what that costs on
 the held-out images and refuses if it is 0.0002 or more. The file holds weights, network, config and provenance, no
@@ -18,15 +18,15 @@ import config
 import data
 import train
 import unet
-from config import Setting, UserError, name_ending, parse
-from support import checkpoint, device, script
+from config import REQUIRED, Setting, UserError, name_ending, parse
+from support import checkpoint, device, entries, files, script
 from support.held_out import held_out_loss
 from support.world import Signals, World
 
 SETTINGS = {
     "weights": Setting(None, config.name, "checkpoint of train.py; None: the newest in out_dir"),
     "out_dir": Setting("model", config.name, "folder of the run, where no --weights are named"),
-    "to": Setting(str(checkpoint.SHIPPED), name_ending(".pth"), "file to write, over one that is there"),
+    "output": Setting(REQUIRED, name_ending(".pth"), "file to write, which must not exist", flag="-o"),
     "command": Setting(None, config.name, "the command that trained them; None: as their settings say"),
     "dataset": Setting("auto", data.SETTINGS["dataset"].kind, "held-out images to measure on; auto: those of the run"),
     "data_dir": Setting(None, config.name, "folder of these images; None: that of the run"),
@@ -42,7 +42,7 @@ def command(saved):
     usual |= train.PRESETS.get(saved.get("preset"), {})
     flags = [] if saved.get("preset", "default") == "default" else ["--preset", saved["preset"]]
     for name, value in saved.items():
-        value = tuple(value) if isinstance(value, list) else value
+        value = entries.as_tuple(value)
         if name not in usual or name in WHERE_THE_IMAGES_ARE or value == usual[name]:
             continue
         flag = name.replace("_", "-")
@@ -71,8 +71,11 @@ def losses(state, path, cfg, images, where):
 
 def main():
     cfg = parse(__doc__, SETTINGS)
+    files.refuse_existing(cfg.output)
     path = cfg.weights or checkpoint.newest(cfg.out_dir)
     state = checkpoint.load(path, needs=("log", "data"), settings=train.SETTINGS)
+    if not state["log"]:
+        raise UserError(f"{path} was saved inside the first epoch; export one of a finished epoch")
     saved, last = state["config"], state["log"][-1]
     trained = config.defaults(train.SETTINGS, **saved)
     measured = dataclasses.replace(
@@ -102,11 +105,11 @@ def main():
     # The images are looked for anew wherever the file is used.
     saved = saved | {name: data.SETTINGS[name].default for name in WHERE_THE_IMAGES_ARE}
     parts = {"network": state["network"]} if "network" in state else {}
-    checkpoint.save(cfg.to, dict(model=halved(state["model"]), config=saved, provenance=provenance) | parts)
-    checkpoint.load_model(cfg.to, "cpu")
+    checkpoint.save(cfg.output, dict(model=halved(state["model"]), config=saved, provenance=provenance) | parts)
+    checkpoint.load_model(cfg.output, "cpu")
     for name, value in provenance.items():
         print(f"{name}: {value}")
-    print(f"saved: {cfg.to}")
+    print(f"saved: {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -197,7 +197,10 @@ def places(value):
 
 
 def edit(state, rng):
-    """Change one entry at random: its value, its kind, another entry's in its place, or none."""
+    """Change one entry at random: its value, its kind, another entry's in its place, or none.
+
+    Returns whether a weight is no longer finite, which must be refused.
+    """
     top = rng.choice(list(state))  # else most would be moments and weights
     inner, key = rng.choice([(state, top), *places(state[top])])
     kind, value = rng.randrange(4), inner[key]
@@ -205,7 +208,7 @@ def edit(state, rng):
         del inner[key]
     elif kind == 1 and isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
         value.view(-1)[rng.randrange(value.numel())] = rng.choice((math.nan, math.inf, -math.inf))
-        return math.nan if top == "model" else None
+        return top == "model"
     elif kind == 2:
         other, place = rng.choice(list(places(state)))
         inner[key] = copy.deepcopy(other[place])
@@ -227,7 +230,7 @@ def edit(state, rng):
             torch.ones(1).expand(9),
         )
         inner[key] = rng.choice(values)
-    return None
+    return False
 
 
 def use(path):

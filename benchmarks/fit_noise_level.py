@@ -1,14 +1,16 @@
 """Fit model/noise_level.pth, with which support/noise_level.py reads a picture's noise level off its statistics.
 
-    python -m benchmarks.fit_noise_level --data-dir data/photographs
+    python -m benchmarks.fit_noise_level --data-dir data/photographs -o new.pth
 
-Every training picture of the folder gets noise of random kinds: of any level, white or blurred and coloured, the same
-everywhere or that of a sensor; then it is perhaps resized or sharpened, and perhaps compressed as JPEG. The level to be
-found is the true one in flat places, benchmarks.noise_level.true_sigma. Prints the errors on the held-out pictures.
+Every training picture of the folder gets noise of random kinds: of any level, white or correlated across pixels and
+channels, the same everywhere or that of a sensor; then it is perhaps resized or sharpened, and perhaps compressed as
+JPEG. The level to be found is the true one in flat places, benchmarks.noise_level.true_sigma. Prints the errors on the
+held-out pictures.
 """
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,14 +19,15 @@ from tqdm import tqdm
 
 import config
 import data
-from benchmarks.noise_level import blur, colour, compress, photons, to_8_bits, true_sigma, white
-from config import Setting, UserError, whole
-from support import files, noise_level, script
+from benchmarks.noise_level import blur, colour, compress, shot_and_read, to_8_bits, true_sigma, white
+from config import REQUIRED, Setting, UserError, name_ending, whole
+from support import checkpoint, files, noise_level, script
 
 SETTINGS = data.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
     "copies": Setting(60, whole(), "versions of every training picture, each with other noise"),
     "epochs": Setting(80, whole(), "passes over them"),
+    "output": Setting(REQUIRED, name_ending(".pth"), "file to write, which must not exist", flag="-o"),
 }  # fmt: skip
 BATCH = 128
 
@@ -85,7 +88,7 @@ def example(picture, seed):
     random = np.random.default_rng(seed)
     clean = scene(picture, random)
     sigma = np.exp(random.uniform(np.log(1), np.log(90))) * (random.random() > 0.06)  # a few have none
-    add = photons if random.random() < 0.3 else white
+    add = shot_and_read if random.random() < 0.3 else white
     noisy = to_8_bits(add(clean.astype(float), sigma, noise_like(clean, random)))
     process = processed(random)
     clean, noisy = process(clean), process(noisy)
@@ -131,7 +134,7 @@ def fit(features, levels, epochs):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * steps)
     for _ in tqdm(range(epochs), "epochs", mininterval=2):
         for batch in torch.randperm(len(features))[: steps * BATCH].view(steps, BATCH):
-            x = features[batch] + 0.05 * model.std * torch.randn_like(features[batch])  # against learning by heart
+            x = features[batch] + 0.05 * model.std * torch.randn_like(features[batch])  # against overfitting
             loss = 3 * pinball(target[batch] - model(x), quantiles)
             optimizer.zero_grad()
             loss.backward()
@@ -155,12 +158,13 @@ def report(model, features, levels):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
+    files.refuse_existing(cfg.output)
+    script.make_folder(Path(cfg.output).parent)
     torch.set_num_threads(1)  # the network is too small for more
     model = fit(*collect("train", cfg.copies, cfg), cfg.epochs)
     report(model, *collect("test", 10, cfg))
-    state = {"model": model.state_dict()}
-    files.write_atomically(noise_level.WEIGHTS, lambda file: torch.save(state, file), replace=True)
-    print(f"saved: {noise_level.WEIGHTS}")
+    checkpoint.save(cfg.output, {"model": model.state_dict()})
+    print(f"saved: {cfg.output}")
 
 
 if __name__ == "__main__":

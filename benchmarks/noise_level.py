@@ -13,6 +13,7 @@ from PIL import Image
 
 import config
 import data
+from config import UserError
 from diffusion import GREY_LEVELS
 from support import noise_level, script
 
@@ -54,10 +55,10 @@ def white(clean, sigma, noise):
     return clean + sigma * noise
 
 
-def photons(clean, sigma, noise):
-    """A sensor's noise: of photons and of reading them, before a gamma of 2.2; of level sigma at 128 of 255."""
+def shot_and_read(clean, sigma, noise):
+    """A sensor's shot and read noise, before a gamma of 2.2; of level sigma at 128 of 255."""
     light, middle = (clean / 255) ** 2.2, (128 / 255) ** 2.2
-    read = 0.02  # of the variance in the middle is reading noise, the rest is proportional to the light
+    read = 0.02  # of the variance in the middle is read noise, the rest is proportional to the light
     slope = 255 / 2.2 * middle ** (1 / 2.2 - 1)  # d output / d light
     deviation = sigma / slope * np.sqrt(read + (1 - read) * light / middle)
     return 255 * np.clip(light + deviation * noise, 0, None) ** (1 / 2.2)
@@ -77,7 +78,7 @@ KINDS = {  # functions of (clean pixels, sigma, white noise), all (C, H, W)
     "white": white,
     "blurred 0.5": lambda clean, sigma, noise: white(clean, sigma, blur(noise, 0.5)),
     "blurred 0.8": lambda clean, sigma, noise: white(clean, sigma, blur(noise, 0.8)),
-    "photons": photons,
+    "shot and read": shot_and_read,
     "chroma": lambda clean, sigma, noise: white(clean, sigma, colour(noise, 2)),
     "equal": lambda clean, sigma, noise: white(clean, sigma, colour(noise, 0)),
     "JPEG 75": lambda clean, sigma, noise: compress(to_8_bits(white(clean, sigma, noise)), 75),
@@ -107,6 +108,8 @@ def true_sigma(clean, noisy):
     place.
     """
     clean, noisy = blocks(clean.astype(float)), blocks(noisy.astype(float))
+    if not len(clean):
+        raise UserError(f"a picture is smaller than {BLOCK}x{BLOCK} pixels; leave it out")
     clipped = ((noisy <= 0) | (noisy >= 255)).mean(axis=(1, 2, 3))
     usable = clipped <= max(0.01, np.quantile(clipped, 0.25))
     clean, noisy = clean[usable], noisy[usable]
@@ -127,13 +130,13 @@ def row(kind, pictures):
             ratios.append(found / true_sigma(clean, noisy))
         right = np.mean(np.abs(np.array(ratios) - 1) < 0.15)
         cells.append(f"{right:.0%} ({np.median(ratios):.2f})")
-    return f"| {kind:11} |" + "".join(f" {cell:>12} |" for cell in cells)
+    return f"| {kind:13} |" + "".join(f" {cell:>12} |" for cell in cells)
 
 
 def main():
     pictures = data.whole_pictures("test", config.parse(__doc__, SETTINGS))
     print(f"{len(pictures)} pictures")
-    print("| within 15%  |" + "".join(f" {f'sigma {sigma}':>12} |" for sigma in LEVELS))
+    print("| within 15%    |" + "".join(f" {f'sigma {sigma}':>12} |" for sigma in LEVELS))
     print("|---" + "|---" * len(LEVELS) + "|")
     for kind in KINDS:
         print(row(kind, pictures), flush=True)

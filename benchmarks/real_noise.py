@@ -13,18 +13,13 @@ import data
 import denoise
 from benchmarks.noise_level import KINDS, degrade
 from config import Setting
-from support import device, script
+from support import device, metrics, pixels, script
 
 SETTINGS = data.SETTINGS | device.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
     "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.name, "checkpoints to compare", "+"),
 }  # fmt: skip
 SIGMA = 20  # grey levels of 255
-
-
-def psnr(clean, pixels):
-    """In dB, of uint8 pixels."""
-    return 10 * np.log10(255**2 / np.square(clean.astype(float) - pixels).mean())
 
 
 def main():
@@ -39,7 +34,7 @@ def main():
         for seed, clean in enumerate(pictures):
             noisy = clean.new_tensor(degrade(kind, clean.numpy(), SIGMA, seed))
             results = [noisy] + [denoise.run(network, noisy).clean for network in networks]
-            values.append([psnr(clean.numpy(), result.numpy()) for result in results])
+            values.append([metrics.psnr(*(pixels.to_x(x)[None] for x in (result, clean))).item() for result in results])
         print(f"| {kind} |" + "".join(f" {mean:.2f} |" for mean in np.mean(values, axis=0)), flush=True)
 
 

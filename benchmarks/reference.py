@@ -24,7 +24,7 @@ import diffusion
 import train
 import unet
 from config import Setting, whole
-from support import device, script
+from support import device, script, streams
 
 DATA = {name: data.SETTINGS[name] for name in ("dataset", "data_dir", "limit")}  # of every benchmark
 RECIPE = config.defaults(train.SETTINGS, **train.PRESETS["reference"])
@@ -60,7 +60,7 @@ def training(model, images, cfg=RECIPE):
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.epochs)
     dataset, step = Images(images), 0
     for epoch in range(cfg.epochs):
-        order = torch.randperm(len(images), generator=data.generator("cpu", cfg.seed, data.ORDER, epoch)).tolist()
+        order = torch.randperm(len(images), generator=streams.generator("cpu", cfg.seed, streams.ORDER, epoch)).tolist()
         for x0 in torch.utils.data.DataLoader(dataset, cfg.batch_size, sampler=order, drop_last=True):
             t, eps = data.draw_noise(x0.shape, cfg, place, step)
             loss = diffusion.noise_loss(model, x0.to(place), eps, t, cfg.noise_steps)

@@ -25,7 +25,7 @@ import data
 import unet
 from benchmarks import reference, timed
 from config import Setting, UserError, whole
-from support import device, files, script
+from support import device, files, pictures, script
 
 SETTINGS = reference.DATA | {
     "limit": Setting(None, whole(16), "training images of a round; None: 3,200 on the CPU, else 50,000"),
@@ -55,13 +55,14 @@ def train_and_measure(*command):
     command = [sys.executable, "-c", RUN_AND_MEASURE, *map(str, command), "--epochs", "1"]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        raise UserError(f"{' '.join(command[3:])} failed: {process.stderr.strip().splitlines()[-1]}")
+        last = (process.stderr.strip().splitlines() or [""])[-1]
+        raise UserError(f"{' '.join(command[3:])} ended with code {process.returncode}: {last}")
     return float(re.findall(IMAGES_PER_SECOND, process.stdout)[-1]), *map(int, process.stdout.splitlines()[-1].split())
 
 
 def flops(model, backward):
     """Floating-point operations of one 32x32 image, forward or forward and backward; a multiply-add counts as two."""
-    x, t = torch.zeros(1, 3, data.SIZE, data.SIZE), torch.ones(1)
+    x, t = torch.zeros(1, 3, pictures.SIZE, pictures.SIZE), torch.ones(1)
     with FlopCounterMode(display=False) as counter:
         y = model(x, t)
         if backward:
@@ -93,7 +94,7 @@ def inference_rate(precision, place):
     """Images a second through the network in evaluation mode."""
     batch_size = 250 if place.type == "cpu" else 2000
     model = unet.UNet().to(place, memory_format=device.memory_format(place)).eval()
-    x = data.scale(torch.zeros(batch_size, 3, data.SIZE, data.SIZE, device=place))
+    x = data.scale(torch.zeros(batch_size, 3, pictures.SIZE, pictures.SIZE, device=place))
     t = torch.ones(batch_size, device=place)
     with device.autocast(place, precision):
         return batch_size * calls_a_second(lambda: model(x, t), place)

@@ -55,7 +55,7 @@ def fastest(attempt, most, target):
     while steps not in runs:
         runs[steps] = attempt(steps)
         print(f"  {steps:,} steps, {runs[steps][0]:.0f} s, held-out loss {runs[steps][1]:.4f}", flush=True)
-        failed = max((n for n, (_, loss) in runs.items() if loss > target), default=0)
+        failed = max((n for n, (_, loss) in runs.items() if not loss <= target), default=0)
         reached = min((n for n, (_, loss) in runs.items() if loss <= target), default=math.inf)
         if not failed:
             steps = max(1, reached // 2)
@@ -99,11 +99,13 @@ def draw(path, textbook, curves):
 def contenders_of(path):
     """CONTENDERS, and those that the Python file `path` defines, if there is one. Raises UserError."""
     found = runpy.run_path(path).get("CONTENDERS") if path else {}
-    if not isinstance(found, dict):
+    pairs = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(pair, tuple) and [*map(type, pair[1:])] == [dict] and callable(pair[0]) for pair in pairs):
         raise UserError(f'{path} must define CONTENDERS = {{"name": (factory, settings)}}')
     for name, (_, settings) in found.items():
         if unknown := settings.keys() - train.SETTINGS.keys():
             raise UserError(f"{path}: {name} has the setting {min(unknown)}, which train.py does not have")
+        config.check(settings, train.SETTINGS, path)
     return CONTENDERS | found
 
 
@@ -116,6 +118,10 @@ def main():
     x_train, source = data.load("train", reference.settings_of(cfg, limit=None))
     x_test, test_source = data.load("test", reference.settings_of(cfg))
     print(f"data: {source}; {test_source}")
+    usual = train.SETTINGS["batch_size"].default
+    batch = max(reference.RECIPE.batch_size, *(s.get("batch_size", usual) for _, s in contenders.values()))
+    if len(x_train) < batch:
+        raise UserError(f"{len(x_train)} training images do not fill a batch of {batch}; use more")
     x_train, x_test = x_train.to(world.device), x_test.to(world.device)
     print("reference:")
     textbook = timed.reference_curve(60 * cfg.minutes, EVALUATIONS, x_train, x_test, world)

@@ -27,6 +27,8 @@ def cached(path, size, make, count=None):
         return read(path, size, count)
     except FileNotFoundError:
         pass
+    except MemoryError:
+        raise
     except Exception as error:  # the file can hold anything, and no content is worth stopping for
         print(f"note: {path} is damaged, or not a cache of these images ({error}); making them again", file=sys.stderr)
     images, about = make()

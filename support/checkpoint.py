@@ -36,7 +36,7 @@ except ImportError:  # Windows: no lock
     fcntl = None
 
 
-SHIPPED = Path(__file__).parent.parent / "model" / "unet32.pth"  # the trained weights that come with the code
+SHIPPED = Path(__file__).resolve().parent.parent / "model" / "unet32.pth"  # the trained weights that come with the code
 PHOTO = SHIPPED.with_name("photo.pth")  # those trained on photographs
 NOISE_LEVEL = SHIPPED.with_name("noise_level.pth")  # those of support/noise_level.py
 # All that torch.save refers to in a dict of plain values and tensors of these three types.
@@ -185,8 +185,8 @@ def clean(folder):
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def load(path, device="cpu", needs=(), settings=unet.SETTINGS | data.SETTINGS):
-    """The dict that `save` wrote, its tensors contiguous and on `device`.
+def load(path, needs=(), settings=unet.SETTINGS | data.SETTINGS):
+    """The dict that `save` wrote, its tensors contiguous, on the CPU.
 
     needs: the entries that must be there. settings: what the saved config is held to. Raises DamagedError if the file
     is not what was saved, CheckpointError if it is absent, foreign, lacks `needs`, has a wrong value in an entry, or if
@@ -207,7 +207,7 @@ def load(path, device="cpu", needs=(), settings=unet.SETTINGS | data.SETTINGS):
         if missing:
             raise CheckpointError(f"{path} lacks what is needed here ({', '.join(sorted(missing))}); use another one")
         entries.check(state, unet.SETTINGS | settings)
-        return copied(state, device)
+        return copied(state)
 
 
 def load_newest(folder, needs=()):
@@ -285,13 +285,13 @@ def make_moments(optimizer):
         p.copy_(value)
 
 
-def copied(value, device):
-    """A structure of dicts, lists and tuples, its tensors on `device`, contiguous, and none sharing memory."""
+def copied(value):
+    """A structure of dicts, lists and tuples, its tensors contiguous, and none sharing memory."""
     if isinstance(value, torch.Tensor):
-        return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
+        return value.clone(memory_format=torch.contiguous_format)
     if isinstance(value, dict):
-        return {key: copied(item, device) for key, item in value.items()}
-    return type(value)(copied(item, device) for item in value) if isinstance(value, list | tuple) else value
+        return {key: copied(item) for key, item in value.items()}
+    return type(value)(copied(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager
@@ -327,7 +327,7 @@ def read(path):
     except FileNotFoundError:
         hint = (
             "restore it"
-            if Path(path) in (SHIPPED, PHOTO, NOISE_LEVEL)
+            if Path(path).resolve() in (SHIPPED, PHOTO, NOISE_LEVEL)
             else "train.py names every checkpoint that it saves"
         )
         raise CheckpointError(f"{path} does not exist; {hint}") from None

@@ -15,6 +15,8 @@ SETTINGS = {
     ),
 }
 
+torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on CUDA too
+
 
 def pick(name, local_rank=0, world=1):
     """The torch.device of --device; auto: CUDA (this process's own GPU), then Apple's MPS, then the CPU.
@@ -59,7 +61,6 @@ def bfloat16_is_fast():
 
 def autocast(device, precision):
     """The context in which the network runs; weights, loss and optimizer stay in float32."""
-    torch.backends.cudnn.allow_tf32 = precision != torch.float32  # float32 means float32, on CUDA too
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 

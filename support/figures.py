@@ -11,7 +11,8 @@ import torch
 
 import data
 import diffusion
-from support import files, metrics
+from config import UserError
+from support import files, metrics, streams
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which colour-blind readers tell apart
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # more of it, and a grey
@@ -22,8 +23,11 @@ MOST_STEPS = 50  # of a walk in a figure or table: more take long and change lit
 
 
 def new(width, height):
-    """An empty figure of that many inches."""
-    from matplotlib.figure import Figure
+    """An empty figure of that many inches. Raises UserError without Matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"figures need Matplotlib ({error}); pip install matplotlib") from None
 
     return Figure((width, height), layout="constrained")
 
@@ -79,19 +83,16 @@ def steps_strip(model, images, T, level, path, count=6):
 
 def sample(model, images, count):
     """x0 and eps of `count` of the uint8 images, the same at every call, where the model is."""
-    random = data.generator("cpu", 0, data.CHOICE, 1)
+    random = streams.generator("cpu", 0, streams.CHOICE, 1)
     device = next(model.parameters()).device
     chosen = torch.randperm(len(images), generator=random)[:count]
     x0 = data.scale(images[chosen.to(images.device)].to(device))
     return x0, torch.randn(x0.shape, generator=random).to(device)
 
 
-def grid(path, rows, cell=1.15):
-    """Save rows of (label, images, originals or None), with PSNR where there are originals.
-
-    cell: width of an image, inches.
-    """
-    columns = len(rows[0][1])
+def grid(path, rows):
+    """Save rows of (label, images, originals or None), with PSNR where there are originals."""
+    columns, cell = len(rows[0][1]), 1.15  # inches, width of an image
     figure = new(0.7 + cell * columns, (cell + 0.17) * len(rows))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (label, images, originals) in zip(axes, rows):

@@ -6,6 +6,8 @@ import re
 import socket
 from pathlib import Path
 
+from config import UserError
+
 TEMPORARY = re.compile(r"\.tmp-(?P<pid>\d+)-(?P<host>[^/]*)\.part$")
 
 
@@ -13,7 +15,8 @@ def write_atomically(path, write, replace=True):
     """write(file) to a temporary file beside `path`, onto the disk, then renamed to `path`.
 
     At any moment `path` is absent, the old file or the whole new one. replace=False: never over a file that is there,
-    not even one that appeared meanwhile. Raises FileExistsError, or another OSError.
+    not even one that appeared meanwhile (on a file system without hard links, `path` is an empty file for an instant).
+    Raises FileExistsError, or another OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +38,13 @@ def write_atomically(path, write, replace=True):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def refuse_existing(*paths, remedy="choose another name"):
+    """Raises UserError if one of the paths exists, for what will be written at the end of long work."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists; {remedy}")
 
 
 def put(temporary, path):

@@ -14,10 +14,11 @@ from tqdm import tqdm
 import data
 import diffusion
 from diffusion import GREY_LEVELS
-from support import device, figures, metrics, tiles
+from support import device, figures, metrics, streams, tiles
 from support.metrics import METRICS
+from support.pictures import SIZE
 
-PIXELS = data.TEST_BATCH * data.SIZE**2  # that the network is given at once
+PIXELS = data.TEST_BATCH * SIZE**2  # that the network is given at once
 TILE = 608  # pixels, height and width of the largest part of a picture that it is given
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
 MOST_LEVELS = 17  # integer noise levels, beside those of the literature
@@ -189,7 +190,7 @@ def pictures(pictures, sigmas, T, denoisers, place):
     parts = {key: [] for key in itertools.product(denoisers, sigmas)}
     for i, (_, read) in enumerate(tqdm(pictures, "whole pictures", delay=2, leave=False)):
         x0 = data.scale(read()[None].to(place))
-        eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i)).to(place)
+        eps = torch.randn(x0.shape, generator=streams.generator("cpu", 0, streams.HELD_OUT_NOISE, i)).to(place)
         for method, sigma in parts:
             count, estimate = denoisers[method]
             if i < count:

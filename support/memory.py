@@ -21,7 +21,8 @@ def keep_freed_memory():
 
 def lack(error):
     """What an exception says of a lack of the machine's memory, as the beginning of a sentence; else None."""
-    if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+    known = "DefaultCPUAllocator|MPS backend out of memory"  # a RuntimeError; Apple's GPU shares the machine's memory
+    if not isinstance(error, MemoryError) and not re.search(known, str(error)):
         return None
     request = re.search(r"allocate (\d+) bytes", str(error))
     return "there is not enough memory" + (f" for {int(request[1]) / 1e9:,.1f} GB more" if request else "")

@@ -53,7 +53,7 @@ class Muon(torch.optim.AdamW):
         self.momentum, self.scale, self.polynomials = momentum, scale, polynomials
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             same_shape = collections.defaultdict(list)
             for p in group["params"]:
@@ -61,7 +61,7 @@ class Muon(torch.optim.AdamW):
                     same_shape[p.flatten(1).shape].append(p)
             for parameters in same_shape.values():
                 self.orthogonal_step(parameters, group["lr"], group["weight_decay"])
-        return super().step(closure)
+        super().step()
 
     def orthogonal_step(self, parameters, lr, weight_decay):
         directions = orthogonalize(torch.stack([self.nesterov(p) for p in parameters]), self.polynomials)

@@ -37,7 +37,7 @@ JPEG_BLOCK = 8
 FLOOR = 0.02  # grey levels squared: less energy than rounding leaves
 STATISTICS = (len(QUANTILES) + len(FLATTEST) - 1) * 2 * (len(BANDS) - 1) + 7
 LEAST = 0.4  # grey levels: smaller levels are not told apart
-OUTPUTS = (0.5, 0.05, 0.95)  # quantiles of the level: the estimate, and the range that holds it nine times of ten
+OUTPUTS = (0.5, 0.05, 0.95)  # quantiles of the level: the estimate, and the range that holds it nine times out of ten
 
 
 class Level(NamedTuple):
@@ -53,7 +53,7 @@ def estimate(pixels, model=None, T=None, device="cpu"):
 
     model: a colour model(x, t) that knows the time step, T its number of steps; None: statistics alone decide. Noise
     that differs between channels has the root mean square of their levels, noise that depends on the brightness the
-    level of the flattest places. Time and memory are bounded.
+    level of the flattest places. Time and memory are bounded. Raises CheckpointError without usable WEIGHTS.
     """
     parts = windows(pixels)
     features, count = statistics(parts)
@@ -82,7 +82,8 @@ def windows(pixels):
     height, width = parts[0].shape[1:]
     room = [(0, 0), (0, max(SMALLEST - height, 0)), (0, max(SMALLEST - width, 0))]
     parts = [np.pad(part.astype(np.float32) * unit + zero, room, "symmetric") for part in parts]
-    return [part[:, : part.shape[1] // 8 * 8, : part.shape[2] // 8 * 8] for part in parts]
+    height, width = (n // JPEG_BLOCK * JPEG_BLOCK for n in parts[0].shape[1:])
+    return [part[:, :height, :width] for part in parts]
 
 
 def likelihood(model, part, T, device):

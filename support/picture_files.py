@@ -4,7 +4,6 @@ import io
 import os
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from config import UserError
@@ -116,7 +115,7 @@ def bare(image, path):
     """The image without its info, which some of Pillow's encoders write unasked, in a depth that the format has."""
     image.info = {}
     if image.mode == "I;16" and path.suffix.lower() not in DEEP:
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        return pictures.to_8_bits(image)
     return image
 
 

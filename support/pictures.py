@@ -4,7 +4,6 @@ pixels = read("photo.tif")          # uint8 (H, W, 3)
 names = image_files("photos")       # of all pictures below the folder
 """
 
-import contextlib
 import io
 import os
 import stat
@@ -20,6 +19,7 @@ from config import UserError
 
 Image.MAX_IMAGE_PIXELS = None  # read has a limit of its own
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, whose fault is reported here if it matters
+MAX_PIXELS = 100_000_000  # of the largest picture that is read by default
 SIZE = 32  # pixels, height and width of every image of the built-in data sets
 IMAGE_FILES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 # Endings of pictures that must be converted first, and what converts them: of phones, and raw ones of cameras.
@@ -84,7 +84,7 @@ def say_once(path, text, kind="note"):
 # ---- reading one -------------------------------------------------------------------------------------------------
 
 
-def read(path, max_pixels=100_000_000, convert=None):
+def read(path, max_pixels=MAX_PIXELS, convert=None):
     """convert(the picture in a file as an upright Pillow image); by default a uint8 array (H, W, 3), see rgb.
 
     The image's mode is one that Pillow converts to RGB correctly, or I;16 with the full range 0 ... 65535 for grey of
@@ -103,8 +103,12 @@ def read(path, max_pixels=100_000_000, convert=None):
                 say_once(path, "colours of more than 8 bits are read as 8 bits")
             image.load()
             drop_text(image, path)  # what stood after the pixels
-            with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the picture
+            try:
                 ImageOps.exif_transpose(image, in_place=True)
+            except MemoryError:
+                raise
+            except Exception:
+                pass  # a broken orientation tag is no reason to lose the picture
             return (convert or rgb)(standard(image, path))
     except MemoryError:
         raise
@@ -218,10 +222,15 @@ def by_profile(image, path):
         return image.convert("RGB")
 
 
+def to_8_bits(image):
+    """An image of mode I;16 as one of mode L."""
+    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+
+
 def rgb(image):
     """An image from `read` as a uint8 array (H, W, 3): 16 bits scaled to 8, transparent parts on white."""
     if image.mode == "I;16":
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        image = to_8_bits(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

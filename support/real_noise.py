@@ -1,4 +1,4 @@
-"""Noise like that of real pictures, made from white noise: blurred, coloured, and compressed as JPEG."""
+"""Noise like that of real pictures, made from white noise: correlated, or compressed as JPEG."""
 
 import io
 import math
@@ -9,32 +9,30 @@ from PIL import Image
 
 import diffusion
 from diffusion import GREY_LEVELS
+from support.pixels import from_x, to_x
 
 ROUNDING = math.sqrt(1 / 12) / GREY_LEVELS  # the noise level of 8 bits: no JPEG file has less
 
 
-def correlate(eps, random, share=1 / 3):
+def correlate(eps, random, share):
     """White noise eps (B, 3, H, W) of unit variance, in a `share` of the images made like that of a camera or scanner.
 
-    There it is blurred and coloured, in the others it stays white. The blur is a Gaussian of 0 to 0.8 pixels; the
-    differences between the channels become 0 to 2 times as strong (0: all three are equal). The mean variance of the
-    channels stays 1.
+    There it is correlated across pixels and channels, in the others it stays white: it is blurred by a Gaussian of 0 to
+    0.8 pixels, and the differences between the channels become 0 to 2 times as strong (0: all three are equal). The
+    mean variance of the channels stays 1.
     """
     chosen, width, chroma = torch.rand(3, len(eps), 1, 1, 1, generator=random, device=eps.device)
-    chosen, width, chroma = (chosen < share).float(), 0.8 * width, 2 * chroma
-    frequency = torch.hypot(
-        *torch.meshgrid(*(torch.fft.fftfreq(n, device=eps.device) for n in eps.shape[2:]), indexing="ij")
-    )
-    response = torch.exp(-2 * (math.pi * width * frequency) ** 2)
-    blurred = (
-        torch.fft.ifft2(torch.fft.fft2(eps) * response).real / response.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    )
+    width, chroma = 0.8 * width, 2 * chroma
+    y, x = (torch.fft.fftfreq(n, device=eps.device) for n in eps.shape[2:])
+    response = torch.exp(-2 * (math.pi * width * torch.hypot(y[:, None], x)) ** 2)
+    gain = response.square().mean(dim=(2, 3), keepdim=True).sqrt()
+    blurred = torch.fft.ifft2(torch.fft.fft2(eps) * response).real / gain
     common = blurred.mean(dim=1, keepdim=True)
-    coloured = (common + chroma * (blurred - common)) / ((1 + 2 * chroma**2) / 3).sqrt()
-    return torch.where(chosen > 0, coloured, eps)
+    correlated = (common + chroma * (blurred - common)) / ((1 + 2 * chroma**2) / 3).sqrt()
+    return torch.where(chosen < share, correlated, eps)
 
 
-def draw_qualities(count, random, share=1 / 6):
+def draw_qualities(count, random, share):
     """The JPEG quality of `count` images, an integer tensor: 70 to 100 for a `share` of them, else 0."""
     quality = torch.randint(70, 101, (count,), generator=random)
     return torch.where(torch.rand(count, generator=random) < share, quality, 0)
@@ -57,7 +55,6 @@ def compress(x0, t, eps, qualities, T):
 
 def through_jpeg(x, quality):
     """An image x (3, H, W) in [-1, 1] in 8 bits, compressed and read again; on the device of x."""
-    pixels = ((x + 1) * GREY_LEVELS).round().clamp(0, 255).to("cpu", torch.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).to(x.device) / GREY_LEVELS - 1
+    image, file = Image.fromarray(from_x(x, torch.uint8).cpu().permute(1, 2, 0).numpy()), io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return to_x(torch.from_numpy(np.array(Image.open(file)))).permute(2, 0, 1).to(x.device)

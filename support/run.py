@@ -22,13 +22,14 @@ import config
 import data
 import unet
 from config import UserError
-from support import channels, checkpoint, figures, loggers
+from support import channels, checkpoint, entries, figures, loggers
 
 SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
 # A resumed run takes the settings that were not typed from its checkpoint, except these, which belong to one start.
 PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers"}
 # A setting that was typed must not contradict the checkpoint, except these, which do not make it another run.
 MAY_CHANGE = PER_START | {"data_dir", "init", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
+CHANGED = {"noise_shares": (1 / 3, 1 / 6)}  # what earlier versions did that had no such setting, unlike its default
 NEEDS = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
 
 
@@ -78,10 +79,10 @@ def begin(cfg, settings):
 def settings_of(saved, cfg, settings):
     """cfg with the checkpoint's settings. Raises CheckpointError if one that was typed contradicts them.
 
-    A setting that an earlier version did not have stands at its default, at which it changes nothing.
+    A setting that an earlier version did not have stands at the value at which it changes nothing.
     """
-    values = {name: saved["config"].get(name, settings[name].default) for name in settings.keys() - PER_START}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    usual = {name: setting.default for name, setting in settings.items()} | CHANGED
+    values = {name: entries.as_tuple(saved["config"].get(name, usual[name])) for name in settings.keys() - PER_START}
     config.check(values, settings, cfg.resume)
     for name in cfg.given & values.keys() - MAY_CHANGE:
         typed = getattr(cfg, name)
@@ -152,7 +153,7 @@ class Run:
         checkpoint.load_weights(self.model, saved, cfg.resume)
         checkpoint.load_optimizer(self.optimizer, saved, cfg.resume)
         self.step, self.log, self.seconds = saved["step"], saved["log"], saved["seconds"]
-        for group in self.optimizer.param_groups:  # the file's rates are not trusted
+        for group in self.optimizer.param_groups:  # as after the last update: a save may come before the next
             group["lr"] = self.lr
         sums = saved["loss_sums"].to(world.device)
         world.say(f"resumed: {cfg.resume}, {self.step:,} steps and {len(self.log)} of {cfg.epochs} epochs done")
@@ -242,7 +243,7 @@ class Run:
             path = Path(cfg.out_dir) / "res" / f"comparison_result_unet32_e{row['epoch']}.png"
             try:
                 figures.comparison_grid(self.model, self.x_test, cfg.noise_steps, path)
-            except OSError as error:
+            except (OSError, UserError) as error:
                 self.world.warn(f"{path} could not be saved ({error}); training goes on")
                 return
             self.world.say(f"figure saved: {path}")
@@ -252,7 +253,7 @@ class Run:
         for logger in self.loggers:
             try:
                 action(logger)
-            except OSError as error:  # the next checkpoint holds the log too
+            except Exception as error:  # each package raises its own kinds; the next checkpoint holds the log too
                 self.world.warn(f"the log could not be written ({error}); training goes on")
 
     def save(self):

@@ -16,26 +16,26 @@ CANVASES = (64, 128, 256, 512, 1024)  # pixels, tried in turn
 
 
 @torch.no_grad()
-def receptive_field(model, channels=3):
+def receptive_field(model):
     """Pixels, along the height or the width, beyond which nothing in x can change an output pixel of model(x, t).
 
-    model: an nn.Module of images (B, channels, H, W); 23 for UNet(). math.inf if there is no such number, or it is
+    model: an nn.Module of images (B, 3, H, W); 23 for UNet(). math.inf if there is no such number, or it is
     larger than 500, or the output depends on the size of the image or on the position in it (as in PlainUNet).
     It is read off the network: whatever the weights are, a NaN spreads to everything that is computed from it (and a
     little farther where the hardware's convolutions work in blocks, which does no harm).
     """
     model = copy.deepcopy(model).cpu().eval()
     for size in CANVASES:
-        reach = max(spread(model, channels, size, flipped) for flipped in (False, True))
+        reach = max(spread(model, size, flipped) for flipped in (False, True))
         if reach < math.inf:
-            return reach if repeats(model, channels, margin_of(reach)) else math.inf
+            return reach if repeats(model, margin_of(reach)) else math.inf
     return math.inf
 
 
-def spread(model, channels, size, flipped):
+def spread(model, size, flipped):
     """How far a NaN goes along the longer side of a narrow canvas; math.inf if it comes to an end of it."""
     place = size // 2 + torch.arange(MULTIPLE)  # every phase of the pooling, each in an image of its own
-    x = torch.zeros(MULTIPLE, channels, size, MULTIPLE)
+    x = torch.zeros(MULTIPLE, 3, size, MULTIPLE)
     x[torch.arange(MULTIPLE), :, place] = math.nan
     eps_hat = model(x.mT if flipped else x, torch.ones(MULTIPLE))
     reached = (eps_hat.mT if flipped else eps_hat).isnan().any(dim=3).any(dim=1)  # (MULTIPLE, size)
@@ -44,7 +44,7 @@ def spread(model, channels, size, flipped):
     return ((torch.arange(size) - place[:, None]).abs() * reached).max().item()
 
 
-def repeats(model, channels, margin):
+def repeats(model, margin):
     """Whether the top of an image comes out the same when the image is cut off `margin` rows below it.
 
     The weights are replaced by random ones, so large that what happens deep in the network shows in its output.
@@ -53,7 +53,7 @@ def repeats(model, channels, margin):
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.normal_(0, 2 / math.sqrt(weight[0].numel()), generator=random)
-    x = torch.randn(1, channels, 4 * rows, MULTIPLE, generator=random)
+    x = torch.randn(1, 3, 4 * rows, MULTIPLE, generator=random)
     whole, part = (model(image, torch.ones(1))[:, :, :rows] for image in (x, x[:, :, : 2 * rows]))
     return bool((whole - part).abs().max() <= 1e-4 * whole.std(correction=0))
 

@@ -105,6 +105,9 @@ def test_the_search_finds_the_shortest_training(target):
     runs = time_to_loss.fastest(lambda steps: (steps / 100, 0.1 + 5 / steps), shortest - 1 or 1, target)
     assert max(runs) == max(shortest - 1, 1)
     assert shortest == 1 or all(loss > target for _, loss in runs.values())
+    # A training that diverges has failed: more steps are tried.
+    runs = time_to_loss.fastest(lambda steps: (steps / 100, math.nan), 1000, target)
+    assert max(runs) == 1000
 
 
 def test_a_race(settings, pictures, tmp_path, monkeypatch, capsys):
@@ -126,6 +129,9 @@ def test_a_race(settings, pictures, tmp_path, monkeypatch, capsys):
     assert result["contenders"].keys() == result["ratios"].keys() == {"AdamW", "plain"}
     assert Path("model/res/time_to_loss.png").stat().st_size > 1000
     assert "\nAdamW: " in capsys.readouterr().out
+    monkeypatch.setattr(time_to_loss, "CONTENDERS", {"AdamW": (tiny, dict(batch_size=17))})
+    with pytest.raises(config.UserError, match="16 training images do not fill a batch of 17"):
+        time_to_loss.main()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,10 @@ def test_a_race(settings, pictures, tmp_path, monkeypatch, capsys):
     [
         ("x = 1", "must define CONTENDERS"),
         ("CONTENDERS = [1]", "must define CONTENDERS"),
+        ("CONTENDERS = {'mine': print}", "must define CONTENDERS"),
+        ("CONTENDERS = {'mine': (print, None)}", "must define CONTENDERS"),
         ("CONTENDERS = {'mine': (print, {'rate': 1})}", "mine has the setting rate"),
+        ("CONTENDERS = {'mine': (print, {'lr': -1})}", "lr = -1, which is out of range"),
     ],
 )
 def test_contenders_that_cannot_race(text, message, tmp_path):

@@ -1,5 +1,6 @@
 """The data sets, what is said when they are wrong, what is stored of them, the batches and the noise."""
 
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -29,7 +30,7 @@ import data
 import diffusion
 import support.datasets
 import train
-from support import files, pictures
+from support import files, pictures, streams
 from support.cache import cached
 from support.datasets import folder, leaves
 from support.pictures import DataError
@@ -207,6 +208,14 @@ def test_pictures_are_not_ignored_by_auto(pictures, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "one.PNG")
     with pytest.raises(DataError, match="holds pictures; add --dataset folder"):
         load("train", "auto", tmp_path)
+    (tmp_path / "below" / "cats").mkdir(parents=True)
+    (tmp_path / "one.PNG").rename(tmp_path / "below" / "cats" / "one.PNG")
+    typed = dataclasses.replace(settings("auto", tmp_path), given=frozenset({"data_dir"}))
+    with pytest.raises(DataError, match="holds pictures; add --dataset folder"):
+        data.resolve(typed)
+    (tmp_path / "cifar-10-batches-py").mkdir()  # a name that says what is meant
+    with pytest.raises(DataError, match="holds pictures"):
+        support.datasets.automatic(tmp_path / "below", typed=True)
 
 
 # ---- a folder of pictures ---------------------------------------------------------------------------------------
@@ -289,7 +298,7 @@ def test_limit_is_a_fixed_choice_made_before_decoding(pictures, tmp_path, monkey
     monkeypatch.setattr(support.pictures, "read", lambda path, *rest: seen.append(path) or read(path, *rest))
     few, source = data.load("train", settings(data_dir=pictures, limit=5))
     rows = [int((whole == image).flatten(1).all(1).nonzero()) for image in few]
-    assert rows == torch.randperm(16, generator=data.generator("cpu", 0, data.CHOICE, 0))[:5].tolist()
+    assert rows == torch.randperm(16, generator=streams.generator("cpu", 0, streams.CHOICE, 0))[:5].tolist()
     assert len(seen) == 5 and source == f"5 train images of 5 pictures in {pictures}"
     assert len(list(pictures.glob(".images-train-*"))) == 1  # of all pictures
     make_folder(tmp_path, 4, 40, 40)
@@ -393,6 +402,10 @@ def test_whole_pictures(tmp_path):
     for (_, image), pixels in zip(read, made.values(), strict=True):
         np.testing.assert_array_equal(image().numpy(), pixels.transpose(2, 0, 1))
     assert len(data.whole_pictures("test", settings(data_dir=tmp_path, limit=2))) == 2
+    whole = (tmp_path / "test" / "0.png").read_bytes()
+    (tmp_path / "test" / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is sound
+    read = data.whole_pictures("test", settings(data_dir=tmp_path, skip_bad_images=True))
+    assert [name for name, _ in read] == list(made)
     with pytest.raises(config.UserError, match="has no whole pictures; use --dataset folder"):
         data.whole_pictures("test", settings("leaves", tmp_path))
 
@@ -565,7 +578,7 @@ def test_an_epoch_shows_every_image_once_in_a_new_order():
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
     assert epochs[0] != epochs[1]
     # The order of every earlier version, and the mirror images drawn after it.
-    random = data.generator("cpu", 0, data.ORDER, 0)
+    random = streams.generator("cpu", 0, streams.ORDER, 0)
     order, mirrored = torch.randperm(40, generator=random), torch.rand(40, generator=random) < 0.5
     assert epochs[0] == order.tolist()
     batch = torch.cat(epoch_of(images))
@@ -639,9 +652,9 @@ def test_ranks_share_the_batch_and_an_epoch_can_start_in_the_middle(kind, crops)
 
 def test_generators_are_pure_functions_of_their_key():
     def draw(*key):
-        return torch.rand(4, generator=data.generator("cpu", *key)).tolist()
+        return torch.rand(4, generator=streams.generator("cpu", *key)).tolist()
 
-    assert draw(0, data.NOISE, 5) == draw(0, data.NOISE, 5)
+    assert draw(0, streams.NOISE, 5) == draw(0, streams.NOISE, 5)
     keys = [(seed, use, i) for seed in range(3) for use in range(7) for i in range(4)]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
 
@@ -653,7 +666,7 @@ def test_the_noise_of_a_step():
         return data.draw_noise(shape, settings(**values), "cpu", step=7)
 
     # The bits of every earlier version.
-    random = data.generator("cpu", 0, data.NOISE, 7)
+    random = streams.generator("cpu", 0, streams.NOISE, 7)
     integers, eps = torch.randint(1, 10, shape[:1], generator=random), torch.randn(shape, generator=random)
     between = integers + torch.rand(shape[:1], generator=random) - 0.5
     assert all(map(torch.equal, draw(), (integers, eps)))
@@ -662,6 +675,10 @@ def test_the_noise_of_a_step():
     sigma = 127.5 * diffusion.sigma_of(t, 100)
     assert torch.equal(same, eps) and sigma.min() >= 1 and sigma.max() <= 75
     assert sigma.mean() == pytest.approx(38, abs=1) and sigma.std() == pytest.approx(74 / math.sqrt(12), abs=1)
+    # With a power p, the share of levels below s is (s^(p + 1) - low^(p + 1)) / (high^(p + 1) - low^(p + 1)).
+    sigma = 127.5 * diffusion.sigma_of(draw(sigma_range=(5.0, 50.0), sigma_power=2.0)[0], 10)
+    for level, share in ((5, 0), (20, 0.063), (35, 0.343), (45, 0.729), (50, 1)):
+        assert (sigma < level + 1e-4).float().mean() == pytest.approx(share, abs=0.02)
     t, mixed = draw(noise="mixed")
     changed = (mixed != eps).flatten(1).any(1).float().mean()
     assert torch.equal(t, integers) and 0.1 < changed < 0.9 and mixed.std() == pytest.approx(1, abs=0.05)

@@ -19,7 +19,7 @@ import diffusion
 import evaluate
 import train
 import unet
-from support import checkpoint, classical, figures, held_out, measure, metrics, script, tables, world
+from support import checkpoint, classical, figures, held_out, measure, metrics, script, streams, tables, world
 from support.measure import Record
 
 needs_packages = pytest.mark.skipif(
@@ -239,7 +239,7 @@ def test_the_script_and_that_its_outputs_agree(untrained, blur_alone, run_script
     # The same numbers from the parts they are made of.
     cfg = config.defaults(train.SETTINGS, dataset="folder", data_dir=str(pictures))
     images = data.load("test", cfg)[0]
-    images = images[torch.randperm(4, generator=data.generator("cpu", 0, data.CHOICE, 0))]
+    images = images[torch.randperm(4, generator=streams.generator("cpu", 0, streams.CHOICE, 0))]
     x0 = data.scale(images)
     eps = data.held_out_noise(x0, 0)
     row_of = sigmas.index(38.25)
@@ -447,7 +447,7 @@ def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photog
         picture = np.asarray(Image.open(photographs / "test" / f"{i}.png"))
         x0 = data.scale(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None])
         height, width = x0.shape[2:]
-        eps = torch.randn(x0.shape, generator=data.generator("cpu", 0, data.HELD_OUT_NOISE, i))
+        eps = torch.randn(x0.shape, generator=streams.generator("cpu", 0, streams.HELD_OUT_NOISE, i))
         x_t = x0 + 25 / 127.5 * eps
         found["noisy"].append(metrics.psnr(x_t, x0).item())
         for key, x, sigma in (("network", x_t, 25), (1, x0, 1)):

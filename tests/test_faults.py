@@ -343,10 +343,11 @@ def test_an_environment_that_is_no_torchruns_is_refused(run, monkeypatch, enviro
         run("--epochs", 1, *SMALL)
 
 
-def test_a_logger_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("lost connection")])
+def test_a_logger_that_fails_does_not_end_the_run(run, monkeypatch, capsys, error):
     class Broken(loggers.CSV):
         def log(self, rows):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
 
     monkeypatch.setitem(loggers.LOGGERS, "csv", Broken)
     run("--epochs", 1, *SMALL)

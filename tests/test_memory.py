@@ -52,6 +52,7 @@ def test_nothing_happens_elsewhere(monkeypatch, system, libc):
         (MemoryError(), "there is not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5000000000 bytes."), "5.0 GB"),
         (RuntimeError("DefaultCPUAllocator: not enough memory"), "there is not enough memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"), "there is not enough memory"),
         (RuntimeError("shapes differ"), None),
         (OSError("No space left on device"), None),
     ],

@@ -1,8 +1,10 @@
 """The scripts as a user runs them: what they print, write, and say when something is wrong."""
 
+import dataclasses
 import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import train
 import unet
 import visualize
 from config import Setting, whole
-from support import device, figures
+from support import checkpoint, device, figures
 from support import script as scripts
 
 SCRIPTS = ["train.py", "overfit.py", "visualize.py", "evaluate.py", "denoise.py"]
@@ -165,6 +167,17 @@ def test_overfit_says_when_the_loss_does_not_get_there(run_script, pictures):
 
 
 # ---- visualize.py -----------------------------------------------------------------------------------------------
+
+
+def test_other_images_are_not_looked_for_where_those_of_the_training_were(monkeypatch):
+    trained = config.defaults(train.SETTINGS, dataset="folder", data_dir="pictures")
+    monkeypatch.setattr(checkpoint, "choose", lambda *_: Path("model/unet32_e0.pth"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (None, trained))
+    for dataset, expected in (("auto", "pictures"), ("folder", "pictures"), ("cifar10", "data")):
+        typed = {"device", "dataset"} - ({"dataset"} if dataset == "auto" else set())
+        cfg = config.defaults(visualize.SETTINGS, dataset=dataset, device="cpu")
+        cfg = visualize.load_run(dataclasses.replace(cfg, given=frozenset(typed)))[-1]
+        assert (cfg.dataset, cfg.data_dir) == ("folder" if dataset == "auto" else dataset, expected)
 
 
 def test_train_then_visualize(run_script, pictures, tmp_path):

@@ -20,7 +20,7 @@ import data
 import diffusion
 import train
 import unet
-from support import checkpoint, held_out, loggers
+from support import checkpoint, held_out, loggers, streams
 from support import run as runs
 from support.world import Signals, World
 
@@ -63,7 +63,7 @@ def test_reference_preset_is_the_textbook_loop(run, pictures):
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)
     step = 0
     for epoch in range(2):
-        order = torch.randperm(16, generator=data.generator("cpu", 0, data.ORDER, epoch))
+        order = torch.randperm(16, generator=streams.generator("cpu", 0, streams.ORDER, epoch))
         for batch in torch.utils.data.DataLoader(images, batch_size=8, sampler=order):
             t, eps = data.draw_noise(batch.shape, config.defaults(train.SETTINGS), "cpu", step)
             loss = torch.nn.functional.mse_loss(model(batch + eps * (t / 10).view(-1, 1, 1, 1), t), eps)
@@ -253,7 +253,8 @@ def test_a_run_of_an_earlier_version_goes_on_if_its_network_is_todays(run):
         run("--epochs", 1, "--noise-steps", steps, "--out-dir", folder, "--t-dim", 8, *SMALL[6:])
         state = checkpoint.load(f"{folder}/unet32_e0.pth")
         del state["network"]
-        for name in ("widths", "blocks", "noise", "sigma_range", "init", "recycle", "augment", "loggers"):
+        newer = "widths", "blocks", "noise", "noise_shares", "sigma_range", "init", "recycle", "augment", "loggers"
+        for name in newer:
             state["config"].pop(name, None)
         checkpoint.save(f"{folder}/unet32_e0.pth", state)
         if message:
@@ -263,7 +264,8 @@ def test_a_run_of_an_earlier_version_goes_on_if_its_network_is_todays(run):
             with pytest.raises(checkpoint.CheckpointError, match="was trained with --noise white, not mixed"):
                 run("--resume", "auto", "--epochs", 2, "--out-dir", folder, "--noise", "mixed")
             run("--resume", "auto", "--epochs", 2, "--out-dir", folder)
-            assert checkpoint.load(f"{folder}/unet32_e1.pth")["step"] == 8
+            resumed = checkpoint.load(f"{folder}/unet32_e1.pth")
+            assert resumed["step"] == 8 and resumed["config"]["noise_shares"] == (1 / 3, 1 / 6)  # those of then
 
 
 def test_weights_alone_cannot_be_resumed(run):
@@ -294,6 +296,10 @@ def test_settings_that_cannot_be_are_refused(run):
         run("--batch-size", 32)
     with pytest.raises(config.UserError, match="--sigma-range 50 10: the first must be lower"):
         run("--sigma-range", 50, 10)
+    with pytest.raises(config.UserError, match=r"--sigma-power is .* --sigma-range"):
+        run("--sigma-power", 1)
+    with pytest.raises(config.UserError, match="--noise-shares are those of --noise mixed"):
+        run("--noise-shares", 0.5, 0)
     with pytest.raises(config.UserError, match=r"--device \S+ cannot be used "):
         run("--device", "cuda:99")
 

@@ -22,12 +22,15 @@ DATASETS = {"cifar10": cifar10, "folder": folder, "leaves": leaves}
 
 
 @functools.lru_cache
-def automatic(data_dir):
+def automatic(data_dir, typed):
     """What --dataset auto stands for: cifar10 if it is in data_dir or can be downloaded, else leaves, with a warning.
 
-    Raises DataError if data_dir holds pictures, which are hardly meant to be ignored.
+    Raises DataError if data_dir holds pictures, in a folder that was `typed` below it too: they are hardly meant to be
+    ignored.
     """
     names = set(os.listdir(data_dir)) if os.path.isdir(data_dir) else set()
+    if typed and not cifar10.FILES & names:
+        names |= {path.name for path in Path(data_dir).rglob("*")}
     if {"train", "test"} <= names or IMAGE_FILES & {Path(name).suffix.lower() for name in names}:
         raise DataError(f"{data_dir} holds pictures; add --dataset folder to use them, or --dataset cifar10 or leaves")
     try:

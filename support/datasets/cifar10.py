@@ -15,6 +15,7 @@ import torch
 from support.pictures import DataError
 
 SETTINGS = {}
+FILES = {"cifar-10-python.tar.gz", "cifar-10-batches-py"}  # torchvision's, as downloaded and unpacked
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
 
@@ -25,7 +26,13 @@ def load(split, cfg):
 @functools.lru_cache(maxsize=2)  # a split is checksummed and read once, also when --dataset auto has tried it
 def read(split, data_dir):
     """50,000 training or 10,000 test images, uint8 (N, 3, 32, 32)."""
-    import torchvision  # takes longer than PyTorch, and the other data sets have no use for it
+    try:
+        import torchvision  # takes longer than PyTorch, and the other data sets have no use for it
+    except (ImportError, RuntimeError) as error:
+        raise DataError(
+            f"torchvision cannot be used ({reason(error)}); install the version that matches PyTorch "
+            f"{torch.__version__}, or use --dataset leaves or folder"
+        ) from None
 
     cifar10 = torchvision.datasets.CIFAR10
     timeout = socket.getdefaulttimeout()
