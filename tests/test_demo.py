@@ -69,7 +69,7 @@ def test_without_gradio(monkeypatch, capsys):
 
 
 @needs_gradio
-def test_what_the_page_runs(network, tmp_path):
+def test_what_the_page_runs(network, tmp_path, monkeypatch):
     blocks = demo.page(network, 10**6, tmp_path)
     update = next(event.fn for event in blocks.fns.values() if event.fn.__name__ == "update")
     view, save, text = update(None, True, 30, 1)
@@ -77,6 +77,13 @@ def test_what_the_page_runs(network, tmp_path):
     Image.fromarray(noisy(20, 24, 3)).save(tmp_path / "a.png")
     view, save, text = update(str(tmp_path / "a.png"), True, 30, 1)
     assert len(view) == 2 and save.interactive and os.path.exists(save.value["path"]) and text.startswith("sigma")
+
+    def lack(*_):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    with monkeypatch.context() as full, pytest.raises(demo.gr.Error, match="not enough memory for this picture"):
+        full.setattr(denoise, "run", lack)
+        update(str(tmp_path / "a.png"), True, 30, 1)
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(demo.gr.Error, match="cannot be read"):
         update(str(tmp_path / "a.png"), True, 30, 1)
@@ -87,9 +94,11 @@ def test_the_page_is_for_this_machine_alone(network, monkeypatch, capsys):
     asked = {}
 
     def launch(blocks, **options):
-        asked.update(options, analytics=blocks.analytics_enabled)
+        asked.update(options, analytics=blocks.analytics_enabled, folder=os.environ["GRADIO_TEMP_DIR"])
+        assert os.path.isdir(asked["folder"])
         return None, "http://127.0.0.1:7", None
 
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # to have it back after the test
     monkeypatch.setattr(demo.gr.Blocks, "launch", launch)
     monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda blocks: None)
     monkeypatch.setattr(denoise, "load", lambda *_: network)
@@ -97,11 +106,13 @@ def test_the_page_is_for_this_machine_alone(network, monkeypatch, capsys):
     script.run(demo.main)
     assert (asked["server_name"], asked["server_port"]) == ("127.0.0.1", 7)
     assert asked["share"] is False and asked["analytics"] is False and not asked["theme"]._stylesheets
+    assert not os.path.exists(asked["folder"])  # nor is anything left on it
     assert "open http://127.0.0.1:7 in a browser" in capsys.readouterr().out
 
 
 @needs_gradio
 def test_a_port_in_use(network, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(denoise, "load", lambda *_: network)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
