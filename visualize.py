@@ -38,7 +38,7 @@ def load_run(cfg):
     model, trained = checkpoint.load_model(weights, device.pick(cfg.device))
     values = {name: getattr(trained, name) for name in data.SETTINGS.keys() - cfg.given - {"limit"}}
     if cfg.dataset not in ("auto", trained.dataset):
-        del values["data_dir"]  # that of other images
+        values.pop("data_dir", None)  # that of other images
     if "out_dir" not in cfg.given:
         values["out_dir"] = str(weights.parent)
     return weights, model, trained, dataclasses.replace(cfg, **values)

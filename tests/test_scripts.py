@@ -178,6 +178,8 @@ def test_other_images_are_not_looked_for_where_those_of_the_training_were(monkey
         cfg = config.defaults(visualize.SETTINGS, dataset=dataset, device="cpu")
         cfg = visualize.load_run(dataclasses.replace(cfg, given=frozenset(typed)))[-1]
         assert (cfg.dataset, cfg.data_dir) == ("folder" if dataset == "auto" else dataset, expected)
+    typed = dataclasses.replace(cfg, data_dir="mine", given=frozenset({"device", "dataset", "data_dir"}))
+    assert visualize.load_run(typed)[-1].data_dir == "mine"
 
 
 def test_train_then_visualize(run_script, pictures, tmp_path):
