@@ -193,7 +193,7 @@ def test_a_measured_training(pictures, tmp_path, monkeypatch):
     images_per_second, memory, gpu_memory = speed.train_and_measure("train", *flags)
     assert images_per_second > 0 and 1e8 < memory < 1e11 and gpu_memory >= 0
     assert (tmp_path / "model/unet32_e0.pth").exists()
-    with pytest.raises(config.UserError, match=r"failed: error: .* already holds"):
+    with pytest.raises(config.UserError, match=r"ended with code 1: error: .* already holds"):
         speed.train_and_measure("train", *flags)
 
 
