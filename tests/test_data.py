@@ -32,7 +32,7 @@ import support.datasets
 import train
 from support import files, pictures, streams
 from support.cache import cached
-from support.datasets import folder, leaves
+from support.datasets import cifar10, folder, leaves
 from support.pictures import DataError
 
 ROOT = Path(data.__file__).parent
@@ -201,7 +201,7 @@ def test_without_a_network(no_network, few_leaves, tmp_path, capsys):
     assert warnings.count("WARNING") == 1 and "downloading it failed" in warnings
 
 
-def test_pictures_are_not_ignored_by_auto(pictures, tmp_path):
+def test_pictures_are_not_ignored_by_auto(pictures, tmp_path, monkeypatch):
     support.datasets.automatic.cache_clear()
     with pytest.raises(DataError, match="holds pictures; add --dataset folder"):
         load("train", "auto", pictures)
@@ -216,6 +216,10 @@ def test_pictures_are_not_ignored_by_auto(pictures, tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()  # a name that says what is meant
     with pytest.raises(DataError, match="holds pictures"):
         support.datasets.automatic(tmp_path / "below", typed=True)
+    (tmp_path / "texts" / "books" / "train").mkdir(parents=True)
+    (tmp_path / "texts" / "books" / "test").mkdir()
+    monkeypatch.setattr(cifar10, "read", lambda split, data_dir: None)
+    assert support.datasets.automatic(tmp_path / "texts", typed=True) == "cifar10"  # no pictures: nothing is ignored
 
 
 # ---- a folder of pictures ---------------------------------------------------------------------------------------

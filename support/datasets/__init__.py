@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from support.datasets import cifar10, folder, leaves
-from support.pictures import IMAGE_FILES, DataError
+from support.pictures import IMAGE_FILES, DataError, image_files
 
 DATASETS = {"cifar10": cifar10, "folder": folder, "leaves": leaves}
 
@@ -29,9 +29,8 @@ def automatic(data_dir, typed):
     ignored.
     """
     names = set(os.listdir(data_dir)) if os.path.isdir(data_dir) else set()
-    if typed and not cifar10.FILES & names:
-        names |= {path.name for path in Path(data_dir).rglob("*")}
-    if {"train", "test"} <= names or IMAGE_FILES & {Path(name).suffix.lower() for name in names}:
+    below = names and typed and not cifar10.FILES & names and image_files(data_dir)
+    if below or {"train", "test"} <= names or IMAGE_FILES & {Path(name).suffix.lower() for name in names}:
         raise DataError(f"{data_dir} holds pictures; add --dataset folder to use them, or --dataset cifar10 or leaves")
     try:
         cifar10.read("test", data_dir)
