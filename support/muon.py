@@ -22,7 +22,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(m, polynomials=POLAR_EXPRESS):
-    """The orthogonal factors U V^T of matrices m = U S V^T, roughly: (..., rows, columns) -> the same.
+    """The orthogonal factors U V^T of matrices m = U S V^T, roughly: (B, rows, columns) -> the same.
 
     Singular values that are above a hundredth of the norm of m become 0.1 to 1.9. Computed and returned in bfloat16
     where the hardware is fast at it, else in float32.
@@ -34,7 +34,8 @@ def orthogonalize(m, polynomials=POLAR_EXPRESS):
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the polynomials grow fast above 1
     for a, b, c in polynomials:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        even = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, even, x, beta=a)
     return x.mT if tall else x
 
 

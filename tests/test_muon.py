@@ -9,7 +9,7 @@ from support import checkpoint, muon
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # what PyTorch's Muon uses
 
 
-@pytest.mark.parametrize("shape", [(64, 576), (128, 27), (50, 50), (3, 20, 30)])
+@pytest.mark.parametrize("shape", [(1, 64, 576), (1, 128, 27), (1, 50, 50), (3, 20, 30)])
 def test_orthogonalize_keeps_directions_and_changes_sizes_as_the_polynomials_say(shape):
     m = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
