@@ -30,12 +30,12 @@ from support.world import Signals, Stopped, join
 PRESETS = {
     "default": {},
     # The recipe to compare with: AdamW with PyTorch's other defaults, cosine annealing, no tricks.
-    "reference": dict(epochs=20, batch_size=8, lr=2e-4, beta2=0.999, warmup_steps=0, schedule="cosine", flip=False,
-                      precision="float32"),
+    "reference": dict(optimizer="adamw", epochs=20, batch_size=8, lr=2e-4, beta2=0.999, recycle=0, warmup_steps=0,
+                      schedule="cosine", flip=False, precision="float32"),
     # Photographs at full resolution, for denoise.py.
     "photographs": dict(dataset="folder", crop_size=96, fresh_crops=True, crops_per_image=10, augment=True,
                         noise="mixed", sigma_range=(1.0, 75.0), sigma_power=0.75, init="model/unet32.pth",
-                        optimizer="muon", batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
+                        batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
 }  # fmt: skip
 
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
@@ -50,12 +50,12 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),
     "init":                Setting(None, config.name, "checkpoint whose weights to start from; None: random weights"),
-    "optimizer":           Setting("adamw", ("adamw", "muon"), "AdamW; or Muon for the matrices, AdamW for the rest"),
-    "epochs":              Setting(10, whole(), "passes over the training images; the schedule spans them"),
-    "batch_size":          Setting(16, whole(), "images per update, over all ranks together"),
-    "lr":                  Setting(2e-3, real(0, 1e3), "peak learning rate"),
+    "optimizer":           Setting("muon", ("muon", "adamw"), "Muon for the matrices and AdamW for the rest; or AdamW"),
+    "epochs":              Setting(6, whole(), "passes over the training images; the schedule spans them"),
+    "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
+    "lr":                  Setting(5e-4, real(0, 1e3), "peak learning rate"),
     "beta2":               Setting(0.95, real(0, 0.999999), "AdamW's decay of the squared gradient; beta1 is 0.9"),
-    "recycle":             Setting(0, whole(0), RECYCLE),
+    "recycle":             Setting(3, whole(0), RECYCLE),
     "weight_decay":        Setting(0.01, real(0), "decoupled weight decay"),
     "warmup_steps":        Setting(100, whole(0), "updates over which the learning rate rises linearly from 0"),
     "schedule":            Setting("linear", ("linear", "cosine", "constant"), RATE),

@@ -29,7 +29,8 @@ SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it wa
 PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers"}
 # A setting that was typed must not contradict the checkpoint, except these, which do not make it another run.
 MAY_CHANGE = PER_START | {"data_dir", "init", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
-CHANGED = {"noise_shares": (1 / 3, 1 / 6)}  # what earlier versions did that had no such setting, unlike its default
+# What earlier versions did that had no such setting, where it is not the default.
+CHANGED = {"noise_shares": (1 / 3, 1 / 6), "recycle": 0}
 NEEDS = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
 
 

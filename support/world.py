@@ -100,6 +100,7 @@ class World(NamedTuple):
             for _ in range(3):  # the first compiles, the second records CUDA graphs, the third replays them
                 with devices.autocast(self.device, getattr(torch, cfg.precision)):
                     loss = diffusion.noise_loss(model, x0, eps, t, cfg.noise_steps)
+                model.zero_grad()  # as in the loop: a replayed graph overwrites the gradients, they must not add up
                 loss.backward()
         except Exception as error:  # no C++ compiler, no Triton, a GPU too old: each raises its own kind
             torch.compiler.set_stance("force_eager")

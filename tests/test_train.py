@@ -265,7 +265,8 @@ def test_a_run_of_an_earlier_version_goes_on_if_its_network_is_todays(run):
                 run("--resume", "auto", "--epochs", 2, "--out-dir", folder, "--noise", "mixed")
             run("--resume", "auto", "--epochs", 2, "--out-dir", folder)
             resumed = checkpoint.load(f"{folder}/unet32_e1.pth")
-            assert resumed["step"] == 8 and resumed["config"]["noise_shares"] == (1 / 3, 1 / 6)  # those of then
+            then = resumed["config"]
+            assert resumed["step"] == 8 and then["noise_shares"] == (1 / 3, 1 / 6) and then["recycle"] == 0
 
 
 def test_weights_alone_cannot_be_resumed(run):
@@ -280,7 +281,7 @@ def test_overwrite_deletes_nothing_before_there_is_something_new(run, monkeypatc
     run("--epochs", 1, *SMALL)
     with pytest.raises(config.UserError, match=r"finite|the loss is"):
         run("--epochs", 1, "--overwrite", "--lr", 1e3, *SMALL, "--precision", "float32")
-    assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 0.002
+    assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 5e-4
 
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -334,6 +335,17 @@ def test_a_compiled_run_is_the_same_run(run, monkeypatch, model):
     for name, value in a["model"].items():
         torch.testing.assert_close(b["model"][name], value)
     assert [row["test_loss"] for row in a["log"]] == pytest.approx([row["test_loss"] for row in b["log"]], rel=1e-4)
+
+
+def test_gradients_do_not_add_up_while_compiling():
+    """A replayed CUDA graph overwrites those of the one before; to add to them is an error there."""
+    model = unet.UNet(widths=(4, 4, 8), t_dim=8)
+    held = []  # at the moment of each call
+    cfg = config.defaults(train.SETTINGS, batch_size=2, precision="float32")
+    model.final.register_full_backward_hook(lambda *_: held.append([p.grad for p in model.parameters()]))
+    World(0, 1, 0, torch.device("cpu")).try_compiled(model, cfg)
+    assert len(held) == 3 and all(grad is None for grads in held for grad in grads)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_where_nothing_can_be_compiled_training_goes_on_without(run, monkeypatch, capsys):
