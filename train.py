@@ -103,7 +103,8 @@ def recycle(cfg, world, model, optimizer, x0, eps, t, run):
     x_t, t = diffusion.add_noise(x0, eps, t, cfg.noise_steps), t.clone()
     world.copy(x_t, t)  # all ranks must recycle the same channels, and forget the same moments
     count = channels.recycle(model, optimizer, x_t, t, streams.generator("cpu", cfg.seed, streams.KERNELS, run.step))
-    world.say(f"recycled {count} channels that were not in use")
+    if count:
+        world.say(f"recycled {count} channels that were not in use")
 
 
 def lr_at(step, cfg, steps_per_epoch):

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ SETTINGS = {
 }
 
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on CUDA too
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # the compiler would rather not
 
 
 def pick(name, local_rank=0, world=1):

@@ -114,12 +114,14 @@ def test_a_race(settings, pictures, tmp_path, monkeypatch, capsys):
     """The whole of time_to_loss on tiny networks: a figure, the numbers, a line for each contender."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(unet, "UNet", tiny)
-    monkeypatch.setattr(time_to_loss, "CONTENDERS", {"AdamW": (tiny, dict(lr=1e-2))})
+    monkeypatch.setattr(time_to_loss, "CONTENDERS", {"AdamW": (tiny, dict(lr=1e-2, batch_size=4))})
     monkeypatch.setattr(time_to_loss, "FIRST_STEPS", 2)
     monkeypatch.setattr(time_to_loss, "EVALUATIONS", 3)
     clock = types.SimpleNamespace(perf_counter=itertools.count(0, 0.01).__next__)  # 10 ms a look
     monkeypatch.setattr(timed, "time", clock)
-    Path("peers.py").write_text("import unet\nCONTENDERS = {'plain': (lambda: unet.PlainUNet(widths=(4, 4, 8)), {})}\n")
+    Path("peers.py").write_text(
+        "import unet\nCONTENDERS = {'plain': (lambda: unet.PlainUNet(widths=(4, 4, 8)), {'batch_size': 4})}\n"
+    )
     where = ("--dataset", "folder", "--data-dir", str(pictures), "--device", "cpu")
     monkeypatch.setattr(sys, "argv", ["race", *where, "--minutes", "0.002", "--contenders", "peers.py"])
     time_to_loss.main()

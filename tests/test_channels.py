@@ -73,7 +73,7 @@ def test_a_resumed_run_that_recycles_is_the_same_run(run, monkeypatch):
     straight = checkpoint.load("model/unet32_e2.pth")
     run("--resume", "model/unet32_e0.pth", "--out-dir", "again", "--device", "cpu")
     assert states_equal(straight, checkpoint.load("again/unet32_e2.pth"))
-    run("--epochs", 3, "--optimizer", "muon", "--out-dir", "without", *SMALL)
+    run("--recycle", 0, "--epochs", 3, "--optimizer", "muon", "--out-dir", "without", *SMALL)
     assert not torch.equal(
         straight["model"]["final.weight"], checkpoint.load("without/unet32_e2.pth")["model"]["final.weight"]
     )

@@ -133,7 +133,7 @@ def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
 
 
 def test_a_run_leaves_checkpoints_log_and_grids(run, capsys):
-    run("--epochs", 3, "--save-model-epochs", 2, "--sample-every-epochs", 3, *SMALL)
+    run("--epochs", 3, "--save-model-epochs", 2, "--sample-every-epochs", 3, "--lr", 2e-3, *SMALL)
     names = sorted(path.name for path in checkpoint.in_folder("model"))
     assert names == ["unet32_e1.pth", "unet32_e2.pth"]  # after two epochs, and at the end
     with open("model/log.csv", newline="") as file:
@@ -198,7 +198,7 @@ def test_another_run_is_never_overwritten(run):
         ("--batch-size", 8, 4),
         ("--noise-steps", 20, 10),
         ("--model", "plain", "unet"),
-        ("--lr", 0.5, 0.002),
+        ("--lr", 0.5, 0.0005),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(run, flag, value, was):
@@ -223,7 +223,7 @@ def test_processes_that_start_from_different_things_are_refused(monkeypatch, of_
     monkeypatch.setattr(data, "fingerprint", lambda *splits: "same")
     world = types.SimpleNamespace(rank=1, first_of_machine=contextlib.nullcontext, agree=lambda mine: of_process_0)
     with pytest.raises(config.UserError, match=r"process 1 finds .* every machine needs the same --data-dir and"):
-        runs.load_images(config.defaults(train.SETTINGS), world)
+        runs.load_images(config.defaults(train.SETTINGS, batch_size=4), world)
 
 
 def test_what_cannot_be_resumed_is_said(run, tmp_path):
@@ -342,7 +342,7 @@ def test_gradients_do_not_add_up_while_compiling():
     model = unet.UNet(widths=(4, 4, 8), t_dim=8)
     held = []  # at the moment of each call
     cfg = config.defaults(train.SETTINGS, batch_size=2, precision="float32")
-    model.final.register_full_backward_hook(lambda *_: held.append([p.grad for p in model.parameters()]))
+    model.final.register_full_backward_pre_hook(lambda *_: held.append([p.grad for p in model.parameters()]))
     World(0, 1, 0, torch.device("cpu")).try_compiled(model, cfg)
     assert len(held) == 3 and all(grad is None for grads in held for grad in grads)
     assert all(p.grad is None for p in model.parameters())
