@@ -1,7 +1,7 @@
 """Draw what a trained network does: comparison grids, strips of several denoising steps and loss curves.
 
     python visualize.py                                    the newest weights on test images
-    python visualize.py --weights model/unet32_e9.pth      others
+    python visualize.py --weights model/unet32_e5.pth      others
     python visualize.py --strip --t 7                      from noise level 7 in 1, 2, 3 and 7 steps
     python visualize.py --curves                           the loss curves of model/log.csv
 

@@ -1,6 +1,6 @@
 """Make the weights that come with the repository from a checkpoint of train.py.
 
-    python -m benchmarks.export --weights model/muon/unet32_e9.pth -o model/new.pth
+    python -m benchmarks.export --weights model/muon/unet32_e5.pth -o model/new.pth
 
 Run from the root of the repository, on the machine that trained. Halves the size (float16), measures what that costs on
 the held-out images and refuses if it is 0.0002 or more. The file holds weights, network, config and provenance, no

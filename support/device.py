@@ -17,7 +17,9 @@ SETTINGS = {
 }
 
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on CUDA too
-warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # the compiler would rather not
+warnings.filterwarnings(
+    "ignore", message="TensorFloat32 tensor cores"
+)  # what the compiler advises, the line above forbids
 
 
 def pick(name, local_rank=0, world=1):
