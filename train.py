@@ -99,9 +99,8 @@ def train(cfg, world, model, optimizer, x_train, x_test, run):
 
 
 def recycle(cfg, world, model, optimizer, x0, eps, t, run):
-    """New kernels for channels that are not in use, measured on the batch at hand."""
-    x_t, t = diffusion.add_noise(x0, eps, t, cfg.noise_steps), t.clone()
-    world.copy(x_t, t)  # all ranks must recycle the same channels, and forget the same moments
+    """New kernels for channels that are not in use, measured on the whole batch: the same on any number of ranks."""
+    x_t, t = map(world.gather, (diffusion.add_noise(x0, eps, t, cfg.noise_steps), t))
     count = channels.recycle(model, optimizer, x_t, t, streams.generator("cpu", cfg.seed, streams.KERNELS, run.step))
     if count:
         world.say(f"recycled {count} channels that were not in use")

@@ -57,6 +57,15 @@ class World(NamedTuple):
         """This rank's equal part of a tensor (B, ...)."""
         return batch.tensor_split(self.size)[self.rank]
 
+    def gather(self, share):
+        """The whole batch (B, ...) of which every rank has a share."""
+        if self.size == 1:
+            return share
+        share = share.contiguous()
+        parts = [torch.empty_like(share) for _ in range(self.size)]
+        dist.all_gather(parts, share)
+        return torch.cat(parts)
+
     def agree(self, value):
         """Rank 0's value, on every rank."""
         box = [value]
