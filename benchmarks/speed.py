@@ -33,12 +33,10 @@ SETTINGS = reference.DATA | {
     "device": device.SETTINGS["device"],
     "out_dir": Setting("model", config.name, "folder for the numbers (in res/)"),
 }
-# A round of a recipe: what is run, and the part of the images that it gets, so that all take about as long.
+# A round of a recipe: what is run, and the part of the images that it gets, so that all take about as long. Nothing is
+# recycled: what is done once an epoch would weigh too much in one so short.
 RECIPES = {
-    "AdamW": (
-        ("train", "--optimizer", "adamw", "--recycle", "0"),
-        1,
-    ),  # what is done once an epoch would weigh too much
+    "AdamW": (("train", "--optimizer", "adamw", "--recycle", "0"), 1),
     "Muon": (("train", "--optimizer", "muon", "--recycle", "0"), 1),
     "reference": (("benchmarks.reference",), 1 / 2),
 }

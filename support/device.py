@@ -17,9 +17,8 @@ SETTINGS = {
 }
 
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on CUDA too
-warnings.filterwarnings(
-    "ignore", message="TensorFloat32 tensor cores"
-)  # what the compiler advises, the line above forbids
+# So the compiler's advice to allow TF32 is not wanted.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def pick(name, local_rank=0, world=1):
