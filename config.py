@@ -37,11 +37,9 @@ def number(kind, low, high=math.inf, above=False):
         except (ValueError, OverflowError):
             value = math.nan
         if not (value > low if above else value >= low) or not value <= high or math.isinf(value):
-            name = "a whole number" if kind is int else "a number"
-            limit = "" if math.isinf(high) else f" and at most {high}"
-            raise argparse.ArgumentTypeError(
-                f"must be {name} {'above' if above else 'of at least'} {low}{limit}, not {text!r}"
-            )
+            what = "a whole number" if kind is int else "a number"
+            range_ = f"above {low}" if above else f"of at least {low}" if math.isinf(high) else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {what} {range_}, not {text!r}")
         return value
 
     return convert
@@ -58,7 +56,7 @@ def real(low, high=math.inf):
 positive = number(float, 0, above=True)
 
 
-def name(text):
+def file_name(text):
     """Converter: a file's or folder's name, which must not be empty."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError("must be a name, not empty")
@@ -109,14 +107,11 @@ def add_argument(parser, key, setting):
         options = dict(required=True, help=setting.help)
     if setting.kind is bool:
         options["action"] = argparse.BooleanOptionalAction
+    elif isinstance(setting.kind, tuple):
+        options |= dict(choices=setting.kind, nargs=setting.count)
     else:
-        choices = isinstance(setting.kind, tuple)
-        options |= (
-            dict(choices=setting.kind)
-            if choices
-            else dict(type=setting.kind, metavar="N" if isinstance(setting.count, int) else key.split("_")[-1].upper())
-        )
-        options["nargs"] = setting.count
+        metavar = "N" if isinstance(setting.count, int) else key.split("_")[-1].upper()
+        options |= dict(type=setting.kind, nargs=setting.count, metavar=metavar)
     parser.add_argument(*filter(None, [setting.flag, "--" + key.replace("_", "-")]), **options)
 
 
@@ -138,13 +133,9 @@ def allows(setting, value):
     if value is None or value is setting.default:
         return value is setting.default
     if setting.count:
-        values = value if isinstance(value, list | tuple) else ()
-        right_count = len(values) == setting.count if isinstance(setting.count, int) else True
-        return (
-            isinstance(value, list | tuple)
-            and right_count
-            and all(allows(setting._replace(count=None), item) for item in values)
-        )
+        if not isinstance(value, list | tuple) or not fits(setting.count, len(value)):
+            return False
+        return all(allows(setting._replace(count=None), item) for item in value)
     if setting.kind is bool:
         return isinstance(value, bool)
     if isinstance(setting.kind, tuple):
@@ -155,3 +146,8 @@ def allows(setting, value):
         return setting.kind(str(value)) == value
     except argparse.ArgumentTypeError:
         return False
+
+
+def fits(count, number):
+    """Whether `number` values are as many as `count`, argparse's nargs, asks for."""
+    return number == count if isinstance(count, int) else number >= (count == "+")

@@ -7,11 +7,12 @@ for x0 in batches(images, cfg, epoch):                      # (cfg.batch_size, 3
 
 import dataclasses
 import hashlib
+import sys
 
 import torch
 
 import diffusion
-from config import Setting, UserError, name, whole
+from config import Setting, UserError, file_name, whole
 from support import real_noise
 from support.crops import Crops
 from support.datasets import DATASETS, automatic
@@ -22,7 +23,7 @@ from support.streams import HELD_OUT_NOISE, JPEG, NOISE, ORDER, choice, generato
 TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
     "dataset": Setting("auto", ("auto", *DATASETS), "auto: cifar10 if it is there or can be downloaded, else leaves"),
-    "data_dir": Setting("data", name, "folder the images are in, or are downloaded or cached to"),
+    "data_dir": Setting("data", file_name, "folder the images are in, or are downloaded or cached to"),
     "limit": Setting(None, whole(), "use at most this many images of each split; None: all"),
 } | {key: setting for module in DATASETS.values() for key, setting in module.SETTINGS.items()}  # fmt: skip
 
@@ -62,7 +63,15 @@ def whole_pictures(split, cfg):
         return lambda: torch.from_numpy(read(path, cfg.max_pixels)).permute(2, 0, 1)
 
     found = [(relative, reader(path)) for relative, path in DATASETS[cfg.dataset].files(split, cfg)]
-    return [item for item in found if not cfg.skip_bad_images or readable(item[1])]
+    if not cfg.skip_bad_images:
+        return found
+    good = [(relative, read_it) for relative, read_it in found if readable(read_it)]
+    if len(good) < len(found):
+        print(
+            f"WARNING: {len(found) - len(good)} of {len(found)} pictures cannot be read and are left out",
+            file=sys.stderr,
+        )
+    return good
 
 
 def readable(reader):
@@ -126,17 +135,18 @@ def batches(images, cfg, epoch, rank=0, world=1, start=0):
 def draw_noise(shape, cfg, device, step):
     """The noise of a step: t (B,), uniform on 1 ... T-1, and standard Gaussian eps of `shape`, (B, C, H, W).
 
-    cfg.sigma_range, two levels of 255: t is real and between them, with a density proportional to
-    t ** cfg.sigma_power. Else cfg.continuous_t: real, from 1/2 to T - 1/2, the integers spread over the half on either
-    side. cfg.noise "mixed": see real_noise.correlate.
+    cfg.sigma_range, two levels on the 0-255 scale: sigma lies between them, with a density proportional to
+    sigma ** cfg.sigma_power, and t is real. Else cfg.continuous_t: real, from 1/2 to T - 1/2, the integers spread over
+    the half on either side. cfg.noise "mixed": see real_noise.correlate.
     """
     T, random = cfg.noise_steps, generator(device, cfg.seed, NOISE, step)
     t = torch.randint(1, T, shape[:1], generator=random, device=device)
     eps = torch.randn(shape, generator=random, device=device)
     if cfg.sigma_range:
-        low, high = (diffusion.t_of(sigma / diffusion.GREY_LEVELS, T) for sigma in cfg.sigma_range)
+        low, high = (sigma / diffusion.GREY_LEVELS for sigma in cfg.sigma_range)
         uniform, power = torch.rand(shape[:1], generator=random, device=device), 1 + cfg.sigma_power
-        t = (low**power + (high**power - low**power) * uniform) ** (1 / power)
+        sigma = (low**power + (high**power - low**power) * uniform) ** (1 / power)
+        t = diffusion.t_of(sigma, T)
     elif cfg.continuous_t:
         t = t + torch.rand(shape[:1], generator=random, device=device) - 0.5
     return t, real_noise.correlate(eps, random, cfg.noise_shares[0]) if cfg.noise == "mixed" else eps

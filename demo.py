@@ -36,7 +36,7 @@ SHOWN = 2000  # pixels, height and width of the largest picture that is sent to 
 def clean(path, estimated, sigma, strength, network, max_pixels, folder):
     """Denoise a picture file: ((before, after) to show, path of the PNG file in `folder`, what to say about it).
 
-    sigma: in grey levels of 255, ignored if it is to be estimated. Raises UserError.
+    sigma: on the 0-255 scale, ignored if it is to be estimated. Raises UserError.
     """
     image = pictures.read(path, max_pixels, pixels.writable)
     target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(path).stem[:80]}_denoised.png"
@@ -79,7 +79,7 @@ def page(network, max_pixels, folder):
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label="Drop a picture here", file_types=sorted(pictures.IMAGE_FILES), height=140)
                 estimated = gr.Checkbox(True, label="Estimate the noise level")
-                sigma = gr.Slider(1, 100, 25, step=1, label="sigma, in grey levels of 255", interactive=False)
+                sigma = gr.Slider(1, 100, 25, step=1, label="sigma, on the 0-255 scale", interactive=False)
                 strength = gr.Slider(0.25, 3, 1, step=0.05, label="strength: more is smoother, less keeps more detail")
                 text = gr.Markdown(elem_id="text")
                 save = gr.DownloadButton("Save as PNG", variant="primary", interactive=False)

@@ -1,8 +1,8 @@
 """Denoise picture files with a trained network. No input is ever overwritten.
 
     python denoise.py noisy.png -o clean.png               the noise level is estimated from the picture, and printed
-    python denoise.py a.png b.jpg -o clean/ --sigma 25     it is known: a standard deviation of 25 grey levels of 255
-    python denoise.py photos -o clean --compare            a folder with all below it, and before-after figures
+    python denoise.py a.png b.jpg -o clean/ --sigma 25     it is known: a standard deviation of 25 on the 0-255 scale
+    python denoise.py photos -o clean --compare            a folder and all below it, and before-after figures
     python denoise.py noisy.png -o clean.png --sheet       and a sheet of its centre at several strengths
 
 From Python:
@@ -10,8 +10,8 @@ From Python:
     clean = denoise.denoise(image)                         a Pillow image, a NumPy array or a tensor; you get the same
 
 Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data and the colour profile stay; a picture turned by EXIF is
-written upright. What Pillow does not give: 16 bits a colour (read as 8), the EXIF data of a TIFF, and of an animation
-all frames but the first. A large picture goes through the network in tiles that give what the whole would.
+written upright. What Pillow does not give: 16 bits per channel in colour (read as 8), the EXIF data of a TIFF, and of
+an animation all frames but the first. A large picture goes through the network in tiles that give what the whole would.
 """
 
 import functools
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import config
 import diffusion
-from config import REQUIRED, Setting, UserError, name, positive, whole
+from config import REQUIRED, Setting, UserError, file_name, positive, whole
 from diffusion import GREY_LEVELS
 from support import (
     checkpoint,
@@ -44,12 +44,12 @@ from support import (
 from support.noise_level import Level
 
 SETTINGS = {
-    "inputs": Setting(REQUIRED, name, "picture files, or folders of them", count="+"),
-    "output": Setting(REQUIRED, name, "picture file to write, or folder for several", flag="-o"),
-    "sigma": Setting(None, positive, "standard deviation of the noise, grey levels of 255; None: estimated"),
+    "inputs": Setting(REQUIRED, file_name, "picture files, or folders of them", count="+"),
+    "output": Setting(REQUIRED, file_name, "picture file to write, or folder for several", flag="-o"),
+    "sigma": Setting(None, positive, "standard deviation of the noise, 0-255 scale; None: estimated"),
     "strength": Setting(1, positive, "factor of the noise level that is assumed; more: smoother, less: more detail"),
     "steps": Setting(1, whole(1, 1000), "denoising steps; 1: the best PSNR, more: sharper"),
-    "weights": Setting(None, name, "checkpoint to use; None: model/photo.pth, or model/unet32.pth if that is absent"),
+    "weights": Setting(None, file_name, "checkpoint; None: model/photo.pth, or model/unet32.pth if that is absent"),
     "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
     "sheet": Setting(False, bool, "write a sheet of the centre denoised at several strengths, {name}_sheet.png"),
     "overwrite": Setting(False, bool, "replace output files that exist"),
@@ -72,12 +72,12 @@ def denoise(image, sigma=None, strength=1, weights=None):
     image: a Pillow image (mode L, LA, RGB, RGBA or I;16; 1 and P come back as L and RGB); a NumPy array (H, W) or
     (H, W, 3), uint8, uint16 or floating in [0, 1]; or a floating tensor (C, H, W) or (B, C, H, W) in [-1, 1] with C = 1
     or 3, each image of a batch by itself. Floating values are not clipped. sigma: the standard deviation of the noise
-    in grey levels of 255; None: estimated. strength: a factor of it. weights: a checkpoint; None: the best there are.
+    on the 0-255 scale; None: estimated. strength: a factor of it. weights: a checkpoint; None: the best there are.
     Raises ValueError for other images and settings, CheckpointError.
     """
     if not 0 < strength < math.inf or not (sigma is None or 0 < sigma < math.inf):
         raise ValueError("sigma and strength must be positive and finite")
-    if isinstance(image, torch.Tensor) and image.dim() == 4:
+    if isinstance(image, torch.Tensor) and image.dim() == 4 and len(image):
         return torch.stack([denoise(one, sigma, strength, weights) for one in image])
     noisy, pack = pixels.unpack(image)
     return pack(run(load(weights), noisy, sigma and sigma / GREY_LEVELS, strength).clean)
@@ -101,6 +101,7 @@ def load(weights=None, device_name="auto", precision="auto"):
 
 @functools.lru_cache(maxsize=1)
 def load_once(path, changed, device_name, precision):
+    """changed: when the file was, for the cache alone."""
     where = device.pick(device_name)
     model, trained = checkpoint.load_model(path, where)
     margin = tiles.margin_of(tiles.receptive_field(model))
@@ -131,6 +132,8 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
     if (noisy == noisy[:1]).all():  # grey, even where it is stored as colours
         gain, source, model = math.sqrt(3), noisy[:1], diffusion.grey(model)
     model = tiles.tiled(model, size, margin)
+    level = level_of(source, network) if sigma is None else Level(sigma, sigma, sigma)
+    t = diffusion.t_of(torch.tensor([gain * strength * level.sigma], device=network.device), T)
 
     def denoise_part(part):
         x = tiles.pad(pixels.to_x(part.to(network.device))[None])
@@ -138,10 +141,8 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
         x0_hat = diffusion.denoise_steps(model, x_t, t, T, steps)[0, :, : part.shape[1], : part.shape[2]]
         return pixels.from_x(x0_hat / gain, part.dtype)
 
-    level = level_of(source, network) if sigma is None else Level(sigma, sigma, sigma)
     clean = torch.empty_like(source)
     with torch.inference_mode(), device.autocast(network.device, network.precision):
-        t = diffusion.t_of(torch.tensor([gain * strength * level.sigma], device=network.device), T)
         tiles.by_tiles(denoise_part, source, clean, size * min(steps, 3), steps * margin)
     return Result(clean.expand_as(noisy), level, gain)
 
@@ -149,7 +150,7 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
 @torch.inference_mode()
 def level_of(source, network):
     """The estimated Level of the noise in pixels (C, H, W)."""
-    model = None if network.trained.model == "plain" else network.model  # which does not know noise levels
+    model = network.model if getattr(network.model, "knows_t", True) else None
     array = (source if source.dtype in pixels.WHITE else source.float()).cpu().numpy()
     return noise_level.estimate(array, model, network.trained.noise_steps, network.device)
 
@@ -167,7 +168,9 @@ def denoise_file(source, target, network, cfg):
     picture_files.write(pack(result.clean), target, options, cfg.overwrite)
     draw = {
         "compare": lambda: sheets.before_after(noisy, result.clean),
-        "sheet": lambda: sheets.strengths(noisy, result.level.sigma, lambda x, sigma: run(network, x, sigma).clean),
+        "sheet": lambda: sheets.strengths(
+            noisy, result.level.sigma, lambda x, sigma: run(network, x, sigma, steps=cfg.steps).clean
+        ),
     }
     for extra in extras_of(cfg):
         picture_files.write(draw[extra](), picture_files.beside(target, extra), {"format": "PNG"}, cfg.overwrite)
@@ -184,8 +187,8 @@ def extras_of(cfg):
 
 
 def describe(level, given, strength):
-    """The noise level as a text: `sigma 18 (estimated; 16 to 21)`. given: grey levels of 255, or None."""
-    found = f"{given:g} (given)" if given else "{} (estimated; {} to {})".format(*map(grey, level))
+    """The noise level as a text: `sigma 18 (estimated; 16 to 21)`. given: on the 0-255 scale, or None."""
+    found = f"{given:g} (given)" if given else "{} (estimated; {} to {})".format(*map(in_grey_levels, level))
     return f"sigma {found}" + (f", times {strength:g}" if strength != 1 else "")
 
 
@@ -200,13 +203,13 @@ def doubt(noisy, result, network, strength):
     if low / 2 <= GREY_LEVELS * assumed <= 1.1 * high:
         return None
     return (
-        f"sigma {grey(assumed)} is assumed, but the network was trained on {low:.1f} to {high:.1f}"
+        f"sigma {in_grey_levels(assumed)} is assumed, but the network was trained on {low:.1f} to {high:.1f}"
         f"{' (grey)' if result.gain > 1 else ''}; look at the result, or give another --sigma"
     )
 
 
-def grey(sigma):
-    """A noise level in grey levels of 255, as text."""
+def in_grey_levels(sigma):
+    """A noise level on the 0-255 scale, as text."""
     return f"{GREY_LEVELS * sigma:.{0 if GREY_LEVELS * sigma >= 9.95 else 1}f}"
 
 

@@ -15,7 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-GREY_LEVELS = 127.5  # of 255 in a unit of the [-1, 1] scale: the literature's sigma = 25 is 25 / GREY_LEVELS here
+GREY_LEVELS = 127.5  # of the 0-255 scale in a unit of [-1, 1]: the literature's sigma = 25 is 25 / GREY_LEVELS here
 
 # ---- the noise schedule: these two functions and nothing else ----------------------------------------------------
 
@@ -103,9 +103,9 @@ def estimate_sigma(model, x_t, T, iterations=9):
 
     It is the level of greatest likelihood. The density p of the noisy images obeys the heat equation, dp/dsigma =
     sigma * laplacian(p), and its score is -eps_hat / sigma; hence d log p / dsigma = |eps_hat|^2 / sigma - div eps_hat.
-    The root is found by bisection of 0 < t < T, so that the levels of 0 and T mean "at most" and "at least" (each
-    iteration halves the error). The divergence is Hutchinson's estimate (1990) with one fixed random probe. The
-    model must know the time step and be differentiable almost everywhere. Two calls of the model an iteration.
+    The root is found by bisection of 0 < t < T, of which each iteration halves the error: an answer next to either end
+    means "at most" or "at least" that level. The divergence is Hutchinson's estimate (1990) with one fixed random
+    probe. The model, called twice per iteration, must know the time step and be differentiable almost everywhere.
     """
     probe = 2 * torch.randint(2, x_t.shape, generator=torch.Generator().manual_seed(0)).to(x_t) - 1
     low = torch.zeros(len(x_t), device=x_t.device)

@@ -23,13 +23,13 @@ import denoise
 import diffusion
 from config import Setting, UserError, name_ending, whole
 from support import checkpoint, classical, device, figures, files, held_out, measure, metrics, script, streams, tables
-from support.measure import LITERATURE, network, noisy
+from support.measure import LITERATURE, Job, network, noisy
 from visualize import load_run
 
 SETTINGS = data.SETTINGS | device.SETTINGS | {
-    "weights":   Setting(None, config.name, "checkpoint; None: the newest of out_dir, else the weights provided"),
-    "control":   Setting(None, config.name, "checkpoint of a second network to compare with; None: none"),
-    "out_dir":   Setting("model", config.name, "folder of the run; the figure goes to its res/"),
+    "weights":   Setting(None, config.file_name, "checkpoint; None: the newest of out_dir, else the weights provided"),
+    "control":   Setting(None, config.file_name, "checkpoint of a second network to compare with; None: none"),
+    "out_dir":   Setting("model", config.file_name, "folder of the run; the figure goes to its res/"),
     "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if they are larger than the crops"),
     "subset":    Setting(100, whole(), "images for what takes many passes: several steps and the blind estimate"),
     "steps":     Setting(None, whole(1, 1000), "most steps to try; None: one for each unit of t, and at most 50"),
@@ -47,16 +47,16 @@ TOLD = (1, 2)  # sigma that the network is told of whole pictures without noise,
 
 
 def plan(cfg, networks):
-    """The jobs of measure.run. networks: {name: (model(x, t) -> eps_hat, its T)}, "network" and maybe "control"."""
+    """The Jobs of measure.run. networks: {name: (model(x, t) -> eps_hat, its T)}, "network" and maybe "control"."""
     model, T = networks["network"]
     levels = measure.levels_of(T)
-    jobs = [("clean", levels[-1], 0, "", None, [None])]
-    jobs += [("noisy", t, 0, "", None, [noisy]) for t in levels]
-    jobs += [(name, t, 1, "euler", None, [network(*net)]) for name, net in networks.items() for t in levels]
+    jobs = [Job("clean", levels[-1], [None])]
+    jobs += [Job("noisy", t, [noisy]) for t in levels]
+    jobs += [Job(name, t, [network(*net)], 1, "euler") for name, net in networks.items() for t in levels]
     several = [(t, k, s) for t in levels for k in measure.step_counts(t, T, cfg.steps) for s in diffusion.SAMPLERS]
-    jobs += [("network", t, k, s, cfg.subset, [network(model, T, k, s)]) for t, k, s in several]
+    jobs += [Job("network", t, [network(model, T, k, s)], k, s, cfg.subset) for t, k, s in several]
     for name, settings in (classical.methods() if cfg.baselines else {}).items():
-        jobs += [(name, t, 0, "", cfg.baselines, settings) for t in levels]
+        jobs += [Job(name, t, settings, count=cfg.baselines) for t in levels]
     return jobs
 
 
@@ -99,8 +99,17 @@ def held_out_pictures(cfg):
     if cfg.whole is False or cfg.dataset != "folder":
         return []
     pictures = data.whole_pictures("test", cfg)
-    larger = pictures and max(pictures[0][1]().shape[1:]) > cfg.crop_size
+    larger = any(max(read().shape[1:]) > cfg.crop_size for _, read in pictures)
     return pictures if cfg.whole or larger else []
+
+
+def check_reports(cfg):
+    """Before the work: the files to write must not exist, unless --overwrite, and their folders must."""
+    reports = [path for path in (cfg.json, cfg.markdown) if path]
+    if not cfg.overwrite:
+        files.refuse_existing(*reports, remedy="choose another name, or add --overwrite to replace it")
+    for path in reports:
+        script.make_folder(Path(path).parent)
 
 
 def report(cfg, about, made):
@@ -123,11 +132,7 @@ def main():
     cfg = config.parse(__doc__, SETTINGS)
     started, place = time.monotonic(), device.pick(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(place))  # a fallback is told once
-    reports = [path for path in (cfg.json, cfg.markdown) if path]
-    if not cfg.overwrite:
-        files.refuse_existing(*reports, remedy="choose another name, or add --overwrite to replace it")
-    for path in reports:
-        script.make_folder(Path(path).parent)
+    check_reports(cfg)
     weights, model, trained, cfg = load_run(cfg)
     networks = {"network": (model, trained.noise_steps)}
     if cfg.control:
@@ -147,14 +152,14 @@ def main():
     print(f"data: {source}; weights: {weights}")
 
     shares = held_out.channels_in_use(trained, model, images)
-    precision, knows_level = device.pick_precision(cfg.precision, place), trained.model != "plain"
-    adapt = measure.of_any_size if pictures else measure.in_precision
-    networks = {name: (adapt(net, precision), T) for name, (net, T) in networks.items()}
+    precision, knows_level = device.pick_precision(cfg.precision, place), getattr(model, "knows_t", True)
     if pictures:
+        networks = {name: (measure.of_any_size(net, precision), T) for name, (net, T) in networks.items()}
         denoiser = denoise.load(weights, cfg.device, cfg.precision)
         blind = (lambda x_t: denoise.run(denoiser, x_t[0].cpu()).clean[None].to(place)) if knows_level else None
         made = evaluate_pictures(cfg, networks, blind, pictures, place)
     else:
+        networks = {name: (measure.in_precision(net, precision), T) for name, (net, T) in networks.items()}
         made, records = evaluate_images(cfg, networks, knows_level, images)
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
     about |= dict(precision=str(precision).removeprefix("torch."), **device.describe(place))

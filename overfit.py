@@ -23,7 +23,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "target":     Setting(1e-5, positive, "loss at which the check has passed"),
     "lr":         Setting(1e-3, positive, "learning rate at the start; it falls to 0 as the iterations run out"),
     "seed":       Setting(0, whole(0), "of the network's weights and the noise"),
-    "out_dir":    Setting("model", config.name, "folder for the figure (in res/)"),
+    "out_dir":    Setting("model", config.file_name, "folder for the figure (in res/)"),
     "device":     device.SETTINGS["device"],
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ import config
 import data
 import diffusion
 import unet
-from config import Setting, real, whole
+from config import Setting, UserError, real, whole
 from support import channels, checkpoint, device, memory, muon, real_noise, script, streams
 from support.held_out import channels_in_use, held_out_loss
 from support.loggers import LOGGERS
@@ -43,13 +43,13 @@ RECYCLE = "how many of the first epochs begin with new kernels for channels not 
 SETTINGS = data.SETTINGS | unet.SETTINGS | {
     # the noise
     "continuous_t":        Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
-    "sigma_range":         Setting(None, real(0, 127), "lowest and highest sigma, of 255; None: those of the steps", 2),
+    "sigma_range":         Setting(None, real(0, 127), "lowest and highest sigma, 0-255; None: those of the steps", 2),
     "sigma_power":         Setting(0.0, real(0, 9), "density of the levels in sigma_range: sigma to this power"),
     "noise":               Setting("white", ("white", "mixed"), "mixed: some of it correlated, some through JPEG"),
     "noise_shares":        Setting((0.25, 0.1), real(0, 1), "mixed: share of correlated noise, share of JPEG", 2),
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),
-    "init":                Setting(None, config.name, "checkpoint whose weights to start from; None: random weights"),
+    "init":                Setting(None, config.file_name, "checkpoint whose weights to start from; None: random ones"),
     "optimizer":           Setting("muon", ("muon", "adamw"), "Muon for the matrices and AdamW for the rest; or AdamW"),
     "epochs":              Setting(6, whole(), "passes over the training images; the schedule spans them"),
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
@@ -65,11 +65,11 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "seed":                Setting(0, whole(0), "every random number of a run follows from it"),
     **device.SETTINGS,
     "compile":             Setting(None, bool, "compile the network, a minute at the start; None: on CUDA"),
-    "out_dir":             Setting("model", config.name, "folder for checkpoints, log.csv and figures (in res/)"),
+    "out_dir":             Setting("model", config.file_name, "folder for checkpoints, log.csv and figures (in res/)"),
     "save_model_epochs":   Setting(1, whole(), "epochs between checkpoints; the last is always saved"),
     "save_every_steps":    Setting(None, whole(), "save inside an epoch too, every so many updates; None: never"),
     "sample_every_epochs": Setting(0, whole(0), "epochs between comparison grids; 0: none"),
-    "resume":              Setting(None, config.name, "checkpoint to resume from; auto: the newest of out_dir"),
+    "resume":              Setting(None, config.file_name, "checkpoint to resume from; auto: the newest of out_dir"),
     "overwrite":           Setting(False, bool, "replace the checkpoints of another run in out_dir"),
     "loggers":             Setting(("csv",), tuple(LOGGERS), "where the numbers of an epoch go", "*"),
 }  # fmt: skip
@@ -123,15 +123,20 @@ def make_optimizer(cfg, model):
     return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
 
 
+def check_noise(cfg):
+    """Raises UserError for settings of the noise that contradict each other."""
+    if cfg.sigma_range and not cfg.sigma_range[0] < cfg.sigma_range[1]:
+        raise UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
+    if cfg.sigma_power and not cfg.sigma_range:
+        raise UserError("--sigma-power is the density of the levels of --sigma-range; give that too")
+    if "noise_shares" in cfg.given and cfg.noise != "mixed":
+        raise UserError("--noise-shares are those of --noise mixed; give that too")
+
+
 def main():
     memory.keep_freed_memory()  # for the next step
     cfg, saved, folder = begin(config.parse(__doc__, SETTINGS, PRESETS), SETTINGS)
-    if cfg.sigma_range and not cfg.sigma_range[0] < cfg.sigma_range[1]:
-        raise config.UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
-    if cfg.sigma_power and not cfg.sigma_range:
-        raise config.UserError("--sigma-power is the density of the levels of --sigma-range; give that too")
-    if "noise_shares" in cfg.given and cfg.noise != "mixed":
-        raise config.UserError("--noise-shares are those of --noise mixed; give that too")
+    check_noise(cfg)
     world = join(cfg.device, cfg.batch_size)
     precision = str(device.pick_precision(cfg.precision, world.device)).removeprefix("torch.")
     # Rank 0's answer for all: a download can fail on one machine and not on another.

@@ -35,8 +35,11 @@ class ResidualBlock(nn.Module):
         return h + self.shortcut(x)
 
 
-class Level(ResidualBlock):
-    """`blocks` residual blocks at one resolution, of which the first changes the width."""
+class Stage(ResidualBlock):
+    """`blocks` residual blocks at one resolution, of which the first changes the width.
+
+    The first is the stage itself, so that with one block the weights have the names of a plain residual block.
+    """
 
     def __init__(self, in_channels, out_channels, t_dim, blocks):
         super().__init__(in_channels, out_channels, t_dim)
@@ -52,7 +55,7 @@ class Level(ResidualBlock):
 class UNet(nn.Module):
     """Time-conditioned U-Net, the noise predictor eps_hat = model(x_t, t).
 
-    widths: channels at full, half and quarter resolution. blocks: residual blocks a level. t_dim: width of the time
+    widths: channels at full, half and quarter resolution. blocks: residual blocks per level. t_dim: width of the time
     embedding. noise_steps: T; the embedding sees 10 t / T, so that its range is the same for every T.
     """
 
@@ -61,15 +64,15 @@ class UNet(nn.Module):
         w1, w2, w3 = widths
         self.t_scale = 10 / noise_steps
         self.time_mlp = nn.Sequential(nn.Linear(1, t_dim), nn.ReLU(), nn.Linear(t_dim, t_dim))
-        self.enc1 = Level(image_channels, w1, t_dim, blocks)
+        self.enc1 = Stage(image_channels, w1, t_dim, blocks)
         self.pool1 = nn.MaxPool2d(2)
-        self.enc2 = Level(w1, w2, t_dim, blocks)
+        self.enc2 = Stage(w1, w2, t_dim, blocks)
         self.pool2 = nn.MaxPool2d(2)
-        self.bottleneck = Level(w2, w3, t_dim, blocks)
+        self.bottleneck = Stage(w2, w3, t_dim, blocks)
         self.up1 = nn.ConvTranspose2d(w3, w2, 2, stride=2)
-        self.dec1 = Level(w2 + w2, w2, t_dim, blocks)
+        self.dec1 = Stage(w2 + w2, w2, t_dim, blocks)
         self.up2 = nn.ConvTranspose2d(w2, w1, 2, stride=2)
-        self.dec2 = Level(w1 + w1, w1, t_dim, blocks)
+        self.dec2 = Stage(w1 + w1, w1, t_dim, blocks)
         self.final = nn.Conv2d(w1, image_channels, 1)
 
     def forward(self, x, t):
@@ -90,6 +93,8 @@ class UNet(nn.Module):
 
 class PlainUNet(nn.Module):
     """The control: the same shape without time conditioning. forward takes t and ignores it."""
+
+    knows_t = False  # a network without this line does
 
     def __init__(self, image_channels=3, widths=(64, 128, 256)):
         super().__init__()
@@ -139,7 +144,7 @@ NETWORKS = {"unet": UNet, "plain": PlainUNet}
 SETTINGS = {
     "model": Setting("unet", tuple(NETWORKS), "network; plain: the control without time conditioning"),
     "widths": Setting((64, 128, 256), whole(1, 4096), "channels at full, half and quarter resolution", count=3),
-    "blocks": Setting(1, whole(1, 16), "residual blocks a level"),
+    "blocks": Setting(1, whole(1, 16), "residual blocks per level"),
     "t_dim": Setting(256, whole(1, 65536), "width of the time embedding, channels"),
     "noise_steps": Setting(10, whole(2, 1000), "T: sigma = t / T with t from 1 to T-1"),
 }

@@ -18,8 +18,8 @@ from config import Setting, UserError, whole
 from support import checkpoint, device, figures, script
 
 SETTINGS = data.SETTINGS | {
-    "weights": Setting(None, config.name, "checkpoint to use; None: the newest of out_dir, else the weights provided"),
-    "out_dir": Setting("model", config.name, "folder of the run; figures go to its res/"),
+    "weights": Setting(None, config.file_name, "checkpoint; None: the newest of out_dir, else the weights provided"),
+    "out_dir": Setting("model", config.file_name, "folder of the run; figures go to its res/"),
     "images":  Setting(6, whole(1, 40), "test images in the figure"),
     "strip":   Setting(False, bool, "draw 1, 2, 3 and t denoising steps from noise level t, not the grid"),
     "t":       Setting(5, whole(), "time step of the noise in the strip, from 1 to T-1"),

@@ -24,12 +24,12 @@ from support.held_out import held_out_loss
 from support.world import Signals, World
 
 SETTINGS = {
-    "weights": Setting(None, config.name, "checkpoint of train.py; None: the newest in out_dir"),
-    "out_dir": Setting("model", config.name, "folder of the run, where no --weights are named"),
+    "weights": Setting(None, config.file_name, "checkpoint of train.py; None: the newest in out_dir"),
+    "out_dir": Setting("model", config.file_name, "folder of the run, where no --weights are named"),
     "output": Setting(REQUIRED, name_ending(".pth"), "file to write, which must not exist", flag="-o"),
-    "command": Setting(None, config.name, "the command that trained them; None: as their settings say"),
+    "command": Setting(None, config.file_name, "the command that trained them; None: as their settings say"),
     "dataset": Setting("auto", data.SETTINGS["dataset"].kind, "held-out images to measure on; auto: those of the run"),
-    "data_dir": Setting(None, config.name, "folder of these images; None: that of the run"),
+    "data_dir": Setting(None, config.file_name, "folder of these images; None: that of the run"),
     "device": device.SETTINGS["device"],
 }
 MOST = 0.0002  # of loss that float16 may cost

@@ -145,7 +145,7 @@ def fit(features, levels, epochs):
 
 @torch.no_grad()
 def report(model, features, levels):
-    found = noise_level.level_of(model(features))
+    found = noise_level.from_logarithm(model(features))
     inside = (found[:, 1] <= levels) & (levels <= found[:, 2])
     for low, high in ((0, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 100)):
         chosen = (levels >= low) & (levels < high)

@@ -18,7 +18,7 @@ from diffusion import GREY_LEVELS
 from support import noise_level, script
 
 SETTINGS = data.SETTINGS | {"dataset": data.SETTINGS["dataset"]._replace(default="folder")}
-LEVELS = (5, 10, 20, 40)  # grey levels of 255
+LEVELS = (5, 10, 20, 40)  # on the 0-255 scale
 BLOCK = 16  # pixels, height and width of a flat place
 FLATTEST = 0.1  # of the picture's blocks that are not clipped: where the truth is measured
 
@@ -56,7 +56,7 @@ def white(clean, sigma, noise):
 
 
 def shot_and_read(clean, sigma, noise):
-    """A sensor's shot and read noise, before a gamma of 2.2; of level sigma at 128 of 255."""
+    """A sensor's shot and read noise, before a gamma of 2.2; of level sigma at a brightness of 128."""
     light, middle = (clean / 255) ** 2.2, (128 / 255) ** 2.2
     read = 0.02  # of the variance in the middle is read noise, the rest is proportional to the light
     slope = 255 / 2.2 * middle ** (1 / 2.2 - 1)  # d output / d light
@@ -88,7 +88,7 @@ KINDS = {  # functions of (clean pixels, sigma, white noise), all (C, H, W)
 
 
 def degrade(kind, clean, sigma, seed=0):
-    """The clean pixels (C, H, W), uint8, with noise of the kind at level sigma of 255, as uint8."""
+    """The clean pixels (C, H, W), uint8, with noise of the kind at level sigma, as uint8."""
     noise = np.random.default_rng(seed).standard_normal(clean.shape)
     return to_8_bits(KINDS[kind](clean.astype(float), sigma, noise))
 
@@ -101,7 +101,7 @@ def blocks(x):
 
 
 def true_sigma(clean, noisy):
-    """The root mean square of noisy - clean over pixels and channels of the flat places, in grey levels of 255.
+    """The root mean square of noisy - clean over pixels and channels of the flat places, 0-255 scale.
 
     Flat places are the FLATTEST blocks by the standard deviation of the clean picture, among those where at most 1% of
     the noisy values are 0 or 255. Where these are less than a quarter of all, the least clipped quarter takes their

@@ -2,8 +2,8 @@
 
     python -m benchmarks.real_noise --data-dir data/photographs --limit 8 --weights model/unet32.pth model/photo.pth
 
-Whole test pictures, with noise of level 20 of 255 of the kinds of benchmarks/noise_level.py, in 8 bits. The level is
-estimated from each picture, as denoise.py does by default.
+Whole test pictures, with noise of level 20 (0-255 scale) of the kinds of benchmarks/noise_level.py, in 8 bits. The
+level is estimated from each picture, as denoise.py does by default.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ from support import device, metrics, pixels, script
 
 SETTINGS = data.SETTINGS | device.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
-    "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.name, "checkpoints to compare", "+"),
+    "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.file_name, "checkpoints to compare", "+"),
 }  # fmt: skip
-SIGMA = 20  # grey levels of 255
+SIGMA = 20  # on the 0-255 scale
 
 
 def main():

@@ -31,7 +31,7 @@ SETTINGS = reference.DATA | {
     "limit": Setting(None, whole(16), "training images of a round; None: 3,200 on the CPU, else 50,000"),
     "rounds": Setting(5, whole(), "measurements of each recipe"),
     "device": device.SETTINGS["device"],
-    "out_dir": Setting("model", config.name, "folder for the numbers (in res/)"),
+    "out_dir": Setting("model", config.file_name, "folder for the numbers (in res/)"),
 }
 # A round of a recipe: what is run, and the part of the images that it gets, so that all take about as long. Nothing is
 # recycled: what is done once an epoch would weigh too much in one so short.
@@ -52,7 +52,7 @@ print(int(host[1]) * 1024, torch.cuda.max_memory_allocated() if torch.cuda.is_av
 
 
 def train_and_measure(*command):
-    """(images a second, peak memory, peak memory on the GPU) of an epoch of a module, given with its flags; bytes."""
+    """(images per second, peak memory, peak memory on the GPU) of an epoch of a module, given with its flags; bytes."""
     command = [sys.executable, "-c", RUN_AND_MEASURE, *map(str, command), "--epochs", "1"]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:

@@ -33,9 +33,9 @@ from support.world import World, join
 SETTINGS = reference.DATA | {
     "limit": data.SETTINGS["limit"]._replace(help="use at most this many test images; None: all"),
     "minutes": Setting(10.0, positive, "minutes that the reference trains"),
-    "contenders": Setting(None, config.name, "Python file of more contenders; None: train.py's two optimizers"),
+    "contenders": Setting(None, config.file_name, "Python file of more contenders; None: train.py's two optimizers"),
     "device": device.SETTINGS["device"],
-    "out_dir": Setting("model", config.name, "folder for the figure and the numbers (in res/)"),
+    "out_dir": Setting("model", config.file_name, "folder for the figure and the numbers (in res/)"),
 }
 # A short training bears a higher rate than the default, which is made for six epochs.
 SHORT = dict(batch_size=16, lr=2e-3, recycle=0)

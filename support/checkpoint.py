@@ -1,4 +1,4 @@
-"""Checkpoints: one plain dict a file, written atomically and read as data, never as code.
+"""Checkpoints: one plain dict per file, written atomically and read as data, never as code.
 
     save(path, state)
     state = load(path)                          # model, network, optimizer, epoch, step, config, ...
@@ -215,7 +215,7 @@ def load_newest(folder, needs=()):
 
     Raises NoCheckpointError if there is none at all, CheckpointError if all are damaged or one cannot be used.
     """
-    newest(folder)
+    newest(folder)  # raises if there is none
     for path in reversed(in_folder(folder)):
         try:
             return path, load(path, needs=needs)

@@ -82,7 +82,7 @@ def check_network(state):
 
 
 def check_log(state):
-    """A row an epoch; epoch and step say that the run stands at its end, or after it."""
+    """One row per epoch; epoch and step say that the run stands at its end, or after it."""
     log, last = state["log"], 0
     must(isinstance(log, list), "log", "a list of rows")
     for i, row in enumerate(log):

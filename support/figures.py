@@ -59,8 +59,8 @@ def comparison_grid(model, images, T, path, count=6):
             ("1 step", diffusion.denoise(net, x_t, t, T), x0),
             (f"{steps} steps", diffusion.denoise_steps(net, x_t, t, T, steps), x0),
         ]
-    grid(path, rows)
     model.train(was_training)
+    grid(path, rows)
 
 
 def shown_levels(T):

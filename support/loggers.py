@@ -18,7 +18,7 @@ SCALARS = ("train_loss", "test_loss", "lr", "images_per_second", "channels_in_us
 
 
 class CSV:
-    """log.csv in the run's folder, one row an epoch."""
+    """log.csv in the run's folder, one row per epoch."""
 
     def __init__(self, out_dir, settings):
         self.path = Path(out_dir) / "log.csv"

@@ -7,6 +7,7 @@ image follows from its place alone: it is the same for every denoiser, level and
 import dataclasses
 import itertools
 import math
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -23,6 +24,17 @@ TILE = 608  # pixels, height and width of the largest part of a picture that it 
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
 MOST_LEVELS = 17  # integer noise levels, beside those of the literature
 STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far as they are fewer than the last
+
+
+class Job(NamedTuple):
+    """A method to measure at one noise level."""
+
+    method: str  # as in Record
+    t: float  # the network's time step of the level
+    denoisers: list  # settings of the method, of which the best by PSNR counts; [None]: the clean images themselves
+    steps: int = 0  # of the sampler; 0: there is none
+    sampler: str = ""  # one of diffusion.SAMPLERS, or ""
+    count: Any = None  # images, the first ones; None: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +129,7 @@ def told(estimate, sigma):
 
 
 def batches(images):
-    """x0 and eps of uint8 images, data.TEST_BATCH at a time; eps is that of train.py's held-out loss."""
+    """x0 and eps of uint8 images, data.TEST_BATCH at a time; an image's eps follows from its place among them."""
     for start in range(0, len(images), data.TEST_BATCH):
         x0 = data.scale(images[start : start + data.TEST_BATCH])
         yield x0, data.held_out_noise(x0, start)
@@ -150,21 +162,18 @@ def joined(parts):
 
 
 def run(jobs, T, images):
-    """The records of `jobs` on uint8 images.
-
-    A job is (method, t, steps, sampler, number of images or None, denoisers), of which the best by PSNR counts.
-    """
+    """The Record of each Job on uint8 images."""
     records = []
-    total = sum(len(images[:count]) * len(denoisers) for *_, count, denoisers in jobs)
+    total = sum(len(images[: job.count]) * len(job.denoisers) for job in jobs)
     with tqdm(total=total, unit="image", delay=2, leave=False, mininterval=1) as bar:
-        for method, t, steps, sampler, count, denoisers in jobs:
-            bar.set_description(f"{method}, {steps} steps" if steps > 1 else method, refresh=False)
-            sigma, found = diffusion.sigma_of(t, T), []
-            for denoiser in denoisers:
-                found.append(measure(images[:count], sigma, denoiser))
-                bar.update(len(images[:count]))
+        for job in jobs:
+            bar.set_description(f"{job.method}, {job.steps} steps" if job.steps > 1 else job.method, refresh=False)
+            sigma, found = diffusion.sigma_of(job.t, T), []
+            for denoiser in job.denoisers:
+                found.append(measure(images[: job.count], sigma, denoiser))
+                bar.update(len(images[: job.count]))
             best = max(found, key=lambda values: values["psnr"].mean())
-            records.append(Record(method, GREY_LEVELS * sigma, t, steps, sampler, best))
+            records.append(Record(job.method, GREY_LEVELS * sigma, job.t, job.steps, job.sampler, best))
     return records
 
 

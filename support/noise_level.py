@@ -66,9 +66,9 @@ def estimate(pixels, model=None, T=None, device="cpu"):
 
 
 def windows(pixels):
-    """Evenly spread windows of a large picture, a smaller one whole: [(C, H, W)] in grey levels of 255.
+    """Evenly spread windows of a large picture, a smaller one whole: [(C, H, W)] on the 0-255 scale.
 
-    Sides are cut to multiples of 8, and start at such, where JPEG has its blocks.
+    Sides are cut to multiples of 8, and windows start at such: JPEG has its blocks there.
     """
     unit, zero = (GREY_LEVELS, GREY_LEVELS) if pixels.dtype.kind == "f" else (255 / np.iinfo(pixels.dtype).max, 0)
     height, width = pixels.shape[1:]
@@ -87,7 +87,7 @@ def windows(pixels):
 
 
 def likelihood(model, part, T, device):
-    """The noise level of greatest likelihood of a part (C, H, W), both in grey levels of 255."""
+    """The noise level of greatest likelihood of a part (C, H, W), both on the 0-255 scale."""
     x = (torch.from_numpy(part[None]).to(device) / GREY_LEVELS - 1).contiguous(memory_format=memory_format(device))
     gain = 1.0
     if x.shape[1] == 1:  # see diffusion.grey
@@ -165,7 +165,7 @@ def blockiness(parts, axis):
 
 
 class Regression(nn.Module):
-    """Statistics (B, STATISTICS) -> logarithms of the level in grey levels, (B, 3), see OUTPUTS and `level_of`."""
+    """Statistics (B, STATISTICS) -> logarithms of the level, 0-255 scale, (B, 3), see OUTPUTS, `from_logarithm`."""
 
     def __init__(self, width=128):
         super().__init__()
@@ -181,7 +181,7 @@ class Regression(nn.Module):
     @torch.no_grad()
     def levels(self, features):
         """The estimate, and the ends of its range, in grey levels, (3,)."""
-        sigma, *ends = level_of(self(torch.from_numpy(features)[None])[0]).tolist()
+        sigma, *ends = from_logarithm(self(torch.from_numpy(features)[None])[0]).tolist()
         return np.array([sigma, min(sigma, *ends), max(sigma, *ends)])
 
 
@@ -190,7 +190,7 @@ def logarithm_of(sigma):
     return (sigma**2 + LEAST**2).log() / 2
 
 
-def level_of(logarithm):
+def from_logarithm(logarithm):
     return ((2 * logarithm).exp() - LEAST**2).clamp(min=0).sqrt()
 
 

@@ -199,7 +199,7 @@ def full_range(image, tags, path):
         say_once(path, "grey values above 65535: the largest of the file is taken as white")
     elif highest < 2**12 and highest and image.format != "PPM":  # which says its range
         white = 2**8 - 1 if highest < 2**8 else 2**12 - 1  # as many cameras and microscopes write into 16 bits
-        say_once(path, f"no grey value of 16 bits is above {white}, which is taken as white")
+        say_once(path, f"no grey value of 16 bits is above {white}, which is taken as white, 65535")
     else:
         white = 2**16 - 1
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:

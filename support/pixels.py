@@ -96,7 +96,7 @@ def from_x(x, dtype):
 
 
 def rms_change(before, after):
-    """The root mean square of the difference of two images (C, H, W), in grey levels of 255."""
+    """The root mean square of the difference of two images (C, H, W), on the 0-255 scale."""
     rows = zip(before.split(64, dim=1), after.split(64, dim=1))  # a large picture must not become floats at once
     total = sum((to_x(a) - to_x(b)).square().mean().item() * a.numel() for a, b in rows)
     return GREY_LEVELS * (total / before.numel()) ** 0.5

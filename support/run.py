@@ -103,7 +103,7 @@ def load_images(cfg, world):
         x_train, source = data.load("train", cfg)
         x_test, test_source = data.load("test", cfg)
     if len(x_train) < cfg.batch_size:
-        raise UserError(f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}")
+        raise UserError(f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}; lower --batch-size")
     about = dict(source=source, test_source=test_source, fingerprint=data.fingerprint(x_train, x_test))
     start = cfg.resume, about["fingerprint"]
     if world.agree(start) != start:
@@ -120,15 +120,15 @@ def load_images(cfg, world):
 class Run:
     """Where a training stands, and what happens after its steps and epochs.
 
-    images: what is known of them, a dict with "source", "test_source", "fingerprint". lr_at(step): the learning rate.
+    about: of the images, a dict with "source", "test_source", "fingerprint". lr_at(step): the learning rate.
     """
 
-    def __init__(self, cfg, world, model, optimizer, images, x_test, steps_per_epoch, lr_at, folder, signals):
+    def __init__(self, cfg, world, model, optimizer, about, x_test, steps_per_epoch, lr_at, folder, signals):
         self.cfg, self.world, self.model, self.optimizer = cfg, world, model, optimizer
-        self.images, self.x_test, self.steps_per_epoch, self.lr_at = images, x_test, steps_per_epoch, lr_at
+        self.about, self.x_test, self.steps_per_epoch, self.lr_at = about, x_test, steps_per_epoch, lr_at
         self.folder, self.signals = folder, signals
         self.step = 0
-        self.log = []  # a row an epoch
+        self.log = []  # one row per epoch
         self.seconds = 0.0  # of the epoch under way
         self.loss_sum = torch.zeros((), device=world.device)  # of the epoch under way, on this rank
         self.unsaved = None  # what was wrong with the last save
@@ -139,10 +139,10 @@ class Run:
     def resume(self, saved):
         """Go to where the checkpoint stands. Raises CheckpointError if it saw other images."""
         cfg, world = self.cfg, self.world
-        if saved["data"]["fingerprint"] != self.images["fingerprint"]:
+        if saved["data"]["fingerprint"] != self.about["fingerprint"]:
             raise checkpoint.CheckpointError(
                 f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these "
-                f"({self.images['source']}); give the same --dataset and --data-dir, or start anew in another --out-dir"
+                f"({self.about['source']}); give the same --dataset and --data-dir, or start anew in another --out-dir"
             )
         if not 0 <= saved["step"] - len(saved["log"]) * self.steps_per_epoch <= self.steps_per_epoch:
             raise checkpoint.CheckpointError(f"{cfg.resume} contradicts itself: its step is not in its epoch")
@@ -280,7 +280,7 @@ class Run:
             epoch=epoch,
             step=self.step,
             config=self.settings,
-            data=self.images,
+            data=self.about,
             log=self.log,
             loss_sums=sums.cpu(),
             seconds=self.seconds,

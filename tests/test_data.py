@@ -398,7 +398,7 @@ def test_memory_that_is_not_there_is_refused_before_it_is_taken(tmp_path, monkey
     assert "pictures take about 1.4 GB of memory" in capsys.readouterr().err
 
 
-def test_whole_pictures(tmp_path):
+def test_whole_pictures(tmp_path, capsys):
     make_folder(tmp_path / "train", 2, 32, 32)
     made = make_folder(tmp_path / "test", 3, 40, 50)
     read = data.whole_pictures("test", settings(data_dir=tmp_path))
@@ -410,6 +410,7 @@ def test_whole_pictures(tmp_path):
     (tmp_path / "test" / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is sound
     read = data.whole_pictures("test", settings(data_dir=tmp_path, skip_bad_images=True))
     assert [name for name, _ in read] == list(made)
+    assert "1 of 4 pictures cannot be read and are left out" in capsys.readouterr().err
     with pytest.raises(config.UserError, match="has no whole pictures; use --dataset folder"):
         data.whole_pictures("test", settings("leaves", tmp_path))
 

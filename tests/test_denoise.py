@@ -301,6 +301,7 @@ def test_python_is_left_as_it_was(weights):
         (torch.zeros(3, 4, 4, dtype=torch.uint8), "a floating tensor is needed, not torch.uint8"),
         (torch.full((3, 4, 4), 200.0), r"a tensor in \[-1, 1\]"),
         (torch.zeros(4, 4), "1 or 3 channels"),
+        (torch.zeros(0, 3, 4, 4), "1 or 3 channels"),
         (Image.new("CMYK", (4, 4)), "mode CMYK must be converted"),
         (Image.new("F", (4, 4)), "mode F must be converted"),
         ("noisy.png", "needed, not str"),
@@ -561,9 +562,9 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(extra, run, monkeyp
     flags = [f"--{extra[1:]}"] if extra else []
     real, theirs = denoise.run, Path(f"out/b{extra}.png")
 
-    def slow(*args):
+    def slow(*args, **options):
         theirs.write_text("another run's")
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(denoise, "run", slow)
     assert run("in", "-o", "out", "--sigma", 25, *flags) == 1
@@ -683,6 +684,18 @@ def test_sheets_of_small_and_deep_pictures(run):
         write(f"in/{name}", array)
     assert run("in", "-o", "out", "--sigma", 30, "--sheet", "--compare") == 0
     assert len(os.listdir("out")) == 9
+
+
+def test_the_sheet_shows_as_many_steps_as_the_output_has(run):
+    write("a.png", noise(40, 40, 3))
+    size, gap, line = sheets.LEAST_WIDTH, sheets.GAP, sheets.LINE
+    for steps in (1, 4):
+        assert run("a.png", "-o", f"{steps}.png", "--sigma", 60, "--steps", steps, "--sheet") == 0
+        sheet = np.asarray(Image.open(f"{steps}_sheet.png"))
+        column = 1 + sheets.STRENGTHS.index(1)
+        part = blocks(sheet, gap + line, gap + column * (size + gap), 40, 2)
+        np.testing.assert_array_equal(part, np.asarray(Image.open(f"{steps}.png")))
+    assert (np.asarray(Image.open("1.png")) != np.asarray(Image.open("4.png"))).any()
 
 
 def test_a_network_without_time(run, capsys):

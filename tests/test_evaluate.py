@@ -99,8 +99,8 @@ def test_the_mean_loss_is_that_of_training():
     with world.Signals(place) as signals:
         expected = held_out.held_out_loss(cfg, place, model, images, signals)
     model.eval()
-    jobs = [("clean", 9, 0, "", None, [None])]
-    jobs += [("network", t, 1, "euler", None, [measure.network(model, 10)]) for t in range(1, 10)]
+    jobs = [measure.Job("clean", 9, [None])]
+    jobs += [measure.Job("network", t, [measure.network(model, 10)], 1, "euler") for t in range(1, 10)]
     with torch.inference_mode():
         summary = tables.summary(measure.run(jobs, 10, images))
     name, (mean, _) = summary["rows"][1]
@@ -110,7 +110,7 @@ def test_the_mean_loss_is_that_of_training():
 def test_the_best_of_several_settings_counts():
     images = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     settings = [lambda x, sigma, shift=shift: x + shift for shift in (0.5, 0.0, -0.5)]
-    jobs = [("shifted", 1, 0, "", 2, settings), ("noisy", 1, 0, "", None, [measure.noisy])]
+    jobs = [measure.Job("shifted", 1, settings, count=2), measure.Job("noisy", 1, [measure.noisy])]
     shifted, noisy = measure.run(jobs, 10, images)
     assert (shifted.count, noisy.count, noisy.sigma) == (2, 3, 12.75)
     assert torch.equal(shifted.values["psnr"], noisy.first(2).values["psnr"])

@@ -115,7 +115,7 @@ def test_the_fit_finds_quantiles():
     middle = (2 + features[:, 3] - 0.5 * features[:, 40]).exp()
     levels = middle * (0.1 * torch.randn(9000, generator=random)).exp()
     model = benchmarks.fit_noise_level.fit(features[:8000], levels[:8000], epochs=5)
-    found = noise_level.level_of(model(features[8000:]))
+    found = noise_level.from_logarithm(model(features[8000:]))
     assert (found[:, 0] / middle[8000:]).log().abs().median() < 0.2  # of 0.75 for a constant
     inside = (found[:, 1] <= levels[8000:]) & (levels[8000:] <= found[:, 2])
     assert inside.float().mean() == pytest.approx(0.9, abs=0.12)
@@ -123,7 +123,9 @@ def test_the_fit_finds_quantiles():
 
 def test_the_logarithm_of_a_level():
     levels = torch.tensor([0.0, 0.1, 1, 20, 100])
-    torch.testing.assert_close(noise_level.level_of(noise_level.logarithm_of(levels)), levels, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        noise_level.from_logarithm(noise_level.logarithm_of(levels)), levels, rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))

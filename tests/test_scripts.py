@@ -230,3 +230,17 @@ def test_a_grid_of_any_number_of_steps_and_images(tmp_path):
     assert len(calls) == 3 * (1 + figures.MOST_STEPS) and set(calls) == {2}  # not a thousand
     figures.panels(tmp_path / "one.png", [("white", torch.ones(3, 1, 1), torch.ones(3, 1, 1))])
     assert Image.open(tmp_path / "one.png").width > 200
+    with pytest.raises(OSError):
+        figures.comparison_grid(model, images, 10, tmp_path / "grid.png" / "in_a_file.png", count=2)
+    assert model.training  # also after a figure that could not be written: the run goes on
+
+
+@pytest.mark.parametrize(
+    "count, values, allowed",
+    [
+        *[(2, (1, 2), True), (2, [1, 2], True), (2, (1,), False), (2, 1, False), (2, (1, 0), False), (2, "12", False)],
+        *[("+", (1,), True), ("+", (1, 2, 3), True), ("+", (), False), ("*", (), True), ("*", (0,), False)],
+    ],
+)
+def test_a_file_may_hold_what_the_command_line_could_give(count, values, allowed):
+    assert config.allows(Setting((5, 5), whole(), "numbers", count), values) is allowed
