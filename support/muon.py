@@ -11,17 +11,19 @@ import torch
 
 from support import device
 
+MOMENTUM = 0.95
+SCALE = 2.0  # the steps of matrices are so many times those that are typical of AdamW
 # Odd polynomials a x + b x^3 + c x^5, applied one after the other to the singular values: the first three of Polar
 # Express (Amsel et al. 2025, arXiv 2505.16932). More, or Jordan's five, bring the values nearer to 1, cost more and
 # train no better.
-POLAR_EXPRESS = (
+POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
 )
 
 
-def orthogonalize(m, polynomials=POLAR_EXPRESS):
+def orthogonalize(m):
     """The orthogonal factors U V^T of matrices m = U S V^T, roughly: (B, rows, columns) -> the same.
 
     Singular values that are above a hundredth of the norm of m become 0.1 to 1.9. Computed and returned in bfloat16
@@ -32,7 +34,7 @@ def orthogonalize(m, polynomials=POLAR_EXPRESS):
     if tall:
         x = x.mT
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the polynomials grow fast above 1
-    for a, b, c in polynomials:
+    for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
         even = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, even, x, beta=a)
@@ -43,15 +45,9 @@ class Muon(torch.optim.AdamW):
     """AdamW in which parameters of two and more dimensions take orthogonalized steps.
 
     A kernel is a matrix (out, in * k * k); matrices of one shape are orthogonalized together. Nesterov momentum of
-    `momentum`. A step's root mean square is 0.2 * scale * lr, that of a typical AdamW step being 0.2 * lr (Liu et al.
+    MOMENTUM. A step's root mean square is 0.2 * SCALE * lr, that of a typical AdamW step being 0.2 * lr (Liu et al.
     2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
     """
-
-    def __init__(
-        self, params, lr, betas, weight_decay, fused=None, momentum=0.95, scale=2.0, polynomials=POLAR_EXPRESS
-    ):
-        super().__init__(params, lr, betas, weight_decay=weight_decay, fused=fused)
-        self.momentum, self.scale, self.polynomials = momentum, scale, polynomials
 
     @torch.no_grad()
     def step(self):
@@ -65,8 +61,8 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def orthogonal_step(self, parameters, lr, weight_decay):
-        directions = orthogonalize(torch.stack([self.nesterov(p) for p in parameters]), self.polynomials)
-        rms = 0.2 * self.scale * max(directions.shape[1:]) ** 0.5  # times their own, 1 / sqrt(longer side)
+        directions = orthogonalize(torch.stack([self.nesterov(p) for p in parameters]))
+        rms = 0.2 * SCALE * max(directions.shape[1:]) ** 0.5  # times their own, 1 / sqrt(longer side)
         for p, direction in zip(parameters, directions):
             p.mul_(1 - lr * weight_decay).add_(direction.view_as(p), alpha=-lr * rms)
             p.grad = None  # AdamW passes over it
@@ -74,5 +70,5 @@ class Muon(torch.optim.AdamW):
     def nesterov(self, p):
         if not self.state[p]:  # AdamW looks for a step in each
             self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-        momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - self.momentum)
-        return p.grad.lerp(momentum, self.momentum).flatten(1)
+        momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+        return p.grad.lerp(momentum, MOMENTUM).flatten(1)

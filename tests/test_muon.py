@@ -15,7 +15,7 @@ def test_orthogonalize_keeps_directions_and_changes_sizes_as_the_polynomials_say
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
     norm = m.norm(dim=(-2, -1), keepdim=True).squeeze(-1)
     sizes = s / (1.02 * norm)
-    for a, b, c in muon.POLAR_EXPRESS:
+    for a, b, c in muon.POLYNOMIALS:
         sizes = a * sizes + b * sizes**3 + c * sizes**5
     expected = u @ sizes.diag_embed() @ vh
     assert (
@@ -24,12 +24,14 @@ def test_orthogonalize_keeps_directions_and_changes_sizes_as_the_polynomials_say
     assert sizes[s > 0.02 * norm].min() > 0.1 and sizes.max() < 1.9
 
 
-def test_a_step_is_that_of_pytorchs_muon_on_matrices_and_of_adamw_on_the_rest():
+def test_a_step_is_that_of_pytorchs_muon_on_matrices_and_of_adamw_on_the_rest(monkeypatch):
+    monkeypatch.setattr(muon, "POLYNOMIALS", JORDAN)
+    monkeypatch.setattr(muon, "SCALE", 1.0)
     random = torch.Generator().manual_seed(0)
     kernel, matrix, bias = (torch.randn(s, generator=random) for s in ((16, 8, 3, 3), (12, 20), (16,)))
     ours = [torch.nn.Parameter(p.clone()) for p in (kernel, matrix, bias)]
     theirs = [torch.nn.Parameter(p.clone()) for p in (kernel.flatten(1), matrix, bias)]
-    optimizer = muon.Muon(ours, 1e-2, (0.9, 0.99), weight_decay=0.1, scale=1.0, polynomials=JORDAN)
+    optimizer = muon.Muon(ours, 1e-2, (0.9, 0.99), weight_decay=0.1)
     references = (
         torch.optim.Muon(theirs[:2], 1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(theirs[2:], 1e-2, (0.9, 0.99), weight_decay=0.1),
