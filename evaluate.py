@@ -99,8 +99,9 @@ def held_out_pictures(cfg):
     if cfg.whole is False or cfg.dataset != "folder":
         return []
     pictures = data.whole_pictures("test", cfg)
-    larger = any(max(read().shape[1:]) > cfg.crop_size for _, read in pictures)
-    return pictures if cfg.whole or larger else []
+    if cfg.whole or any(max(read().shape[1:]) > cfg.crop_size for _, read in pictures):
+        return pictures
+    return []
 
 
 def check_reports(cfg):
@@ -153,13 +154,13 @@ def main():
 
     shares = held_out.channels_in_use(trained, model, images)
     precision, knows_level = device.pick_precision(cfg.precision, place), getattr(model, "knows_t", True)
+    adapt = measure.of_any_size if pictures else measure.in_precision
+    networks = {name: (adapt(net, precision), T) for name, (net, T) in networks.items()}
     if pictures:
-        networks = {name: (measure.of_any_size(net, precision), T) for name, (net, T) in networks.items()}
         denoiser = denoise.load(weights, cfg.device, cfg.precision)
         blind = (lambda x_t: denoise.run(denoiser, x_t[0].cpu()).clean[None].to(place)) if knows_level else None
         made = evaluate_pictures(cfg, networks, blind, pictures, place)
     else:
-        networks = {name: (measure.in_precision(net, precision), T) for name, (net, T) in networks.items()}
         made, records = evaluate_images(cfg, networks, knows_level, images)
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
     about |= dict(precision=str(precision).removeprefix("torch."), **device.describe(place))
