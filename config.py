@@ -74,6 +74,11 @@ def name_ending(suffix):
     return convert
 
 
+def or_none(kind):
+    """The same converter, but the word none is None: it undoes what a preset has set."""
+    return lambda text: None if text.lower() == "none" else kind(text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists every setting)\n")
@@ -111,7 +116,8 @@ def add_argument(parser, key, setting):
         options |= dict(choices=setting.kind, nargs=setting.count)
     else:
         metavar = "N" if isinstance(setting.count, int) else key.split("_")[-1].upper()
-        options |= dict(type=setting.kind, nargs=setting.count, metavar=metavar)
+        kind = or_none(setting.kind) if setting.default is None and not setting.count else setting.kind
+        options |= dict(type=kind, nargs=setting.count, metavar=metavar)
     parser.add_argument(*filter(None, [setting.flag, "--" + key.replace("_", "-")]), **options)
 
 

@@ -24,7 +24,7 @@ TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
     "dataset": Setting("auto", ("auto", *DATASETS), "auto: cifar10 if it is there or can be downloaded, else leaves"),
     "data_dir": Setting("data", file_name, "folder the images are in, or are downloaded or cached to"),
-    "limit": Setting(None, whole(), "use at most this many images of each split; None: all"),
+    "limit": Setting(None, whole(), "use at most this many images of each split, with fresh_crops pictures; None: all"),
 } | {key: setting for module in DATASETS.values() for key, setting in module.SETTINGS.items()}  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def draw_noise(shape, cfg, device, step):
     """The noise of a step: t (B,), uniform on 1 ... T-1, and standard Gaussian eps of `shape`, (B, C, H, W).
 
     cfg.sigma_range, two levels on the 0-255 scale: sigma lies between them, with a density proportional to
-    sigma ** cfg.sigma_power, and t is real. Else cfg.continuous_t: real, from 1/2 to T - 1/2, the integers spread over
-    the half on either side. cfg.noise "mixed": see real_noise.correlate.
+    sigma ** cfg.sigma_power, and t is real. Else cfg.continuous_t: each integer plus a uniform number from -1/2 to 1/2.
+    cfg.noise "mixed": see real_noise.correlate.
     """
     T, random = cfg.noise_steps, generator(device, cfg.seed, NOISE, step)
     t = torch.randint(1, T, shape[:1], generator=random, device=device)

@@ -4,7 +4,8 @@
     python demo.py                         then open the address that it prints, http://127.0.0.1:7860
 
 Drop a picture on it: the noise level is estimated, and before and after are compared under one slider. The picture
-that is saved is a PNG file of full size and depth. Nothing leaves the machine.
+that is saved is a PNG file of full size and depth. Nothing leaves the machine; results stay in the system's folder for
+temporary files until the page ends.
 """
 
 import os

@@ -69,11 +69,11 @@ WHOLE = 2_000_000  # pixels of the largest picture for a network that cannot be 
 def denoise(image, sigma=None, strength=1, weights=None):
     """The image without its noise; type, shape, depth and scale are those of `image`.
 
-    image: a Pillow image (mode L, LA, RGB, RGBA or I;16; 1 and P come back as L and RGB); a NumPy array (H, W) or
-    (H, W, 3), uint8, uint16 or floating in [0, 1]; or a floating tensor (C, H, W) or (B, C, H, W) in [-1, 1] with C = 1
-    or 3, each image of a batch by itself. Floating values are not clipped. sigma: the standard deviation of the noise
-    on the 0-255 scale; None: estimated. strength: a factor of it. weights: a checkpoint; None: the best there are.
-    Raises ValueError for other images and settings, CheckpointError.
+    image: a Pillow image (mode L, LA, RGB, RGBA or I;16; 1 and P come back as L and RGB); a NumPy array (H, W),
+    (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a floating tensor (C, H, W) or (B, C, H, W) in
+    [-1, 1] with C = 1 or 3, each image of a batch by itself. Floating values are not clipped. sigma: the standard
+    deviation of the noise on the 0-255 scale; None: estimated. strength: a factor of it. weights: a checkpoint; None:
+    the best there are. Raises ValueError for other images and settings, CheckpointError.
     """
     if not 0 < strength < math.inf or not (sigma is None or 0 < sigma < math.inf):
         raise ValueError("sigma and strength must be positive and finite")
@@ -102,13 +102,13 @@ def load(weights=None, device_name="auto", precision="auto"):
 @functools.lru_cache(maxsize=1)
 def load_once(path, changed, device_name, precision):
     """changed: when the file was, for the cache alone."""
-    where = device.pick(device_name)
-    model, trained = checkpoint.load_model(path, where)
+    place = device.pick(device_name)
+    model, trained = checkpoint.load_model(path, place)
     margin = tiles.margin_of(tiles.receptive_field(model))
     for layer in model.modules():
         if isinstance(layer, nn.ReLU):
             layer.inplace = True  # nothing needs the input again
-    return Network(model, trained, path, where, device.pick_precision(precision, where), margin)
+    return Network(model, trained, path, place, device.pick_precision(precision, place), margin)
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------
@@ -123,13 +123,13 @@ class Result(NamedTuple):
 def run(network, noisy, sigma=None, strength=1, steps=1):
     """The Result for pixels (C, H, W) of any height and width: uint8, uint16, or floating in [-1, 1]; C is 1 or 3.
 
-    sigma: in units of the [-1, 1] scale; None: estimated. The memory that it takes beside the pixels is bounded.
+    sigma: in units of the [-1, 1] scale; None: estimated. Beside copies of the pixels, the memory is bounded.
     """
     model, T, margin, size = network.model, network.trained.noise_steps, network.margin, TILE[network.precision]
     if margin == math.inf and noisy[0].numel() > WHOLE:
         raise UserError(f"{network.path} must see a picture as a whole, of at most {WHOLE:,} pixels; use other weights")
     gain, source = 1.0, noisy
-    if (noisy == noisy[:1]).all():  # grey, even where it is stored as colours
+    if all(torch.equal(plane, noisy[0]) for plane in noisy[1:]):  # grey, even where it is stored as colours
         gain, source, model = math.sqrt(3), noisy[:1], diffusion.grey(model)
     model = tiles.tiled(model, size, margin)
     level = level_of(source, network) if sigma is None else Level(sigma, sigma, sigma)

@@ -6,7 +6,7 @@
     python evaluate.py --dataset folder --data-dir photos  whole pictures, as the literature measures
     pip install -r requirements-bench.txt                  once: wavelets, non-local means and BM3D too
 
-A folder's held-out pictures are measured whole where they are larger than the training crops (--no-whole: their crops).
+A folder's held-out pictures are measured whole if any of them is larger than the training crops (--no-whole: crops).
 Of images of one size it also draws model/res/evaluation_{checkpoint}.png.
 """
 
@@ -30,10 +30,10 @@ SETTINGS = data.SETTINGS | device.SETTINGS | {
     "weights":   Setting(None, config.file_name, "checkpoint; None: the newest of out_dir, else the weights provided"),
     "control":   Setting(None, config.file_name, "checkpoint of a second network to compare with; None: none"),
     "out_dir":   Setting("model", config.file_name, "folder of the run; the figure goes to its res/"),
-    "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if they are larger than the crops"),
+    "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if one is larger than the crops"),
     "subset":    Setting(100, whole(), "images for what takes many passes: several steps and the blind estimate"),
     "steps":     Setting(None, whole(1, 1000), "most steps to try; None: one for each unit of t, and at most 50"),
-    "baselines": Setting(None, whole(0), "images that the classical denoisers get; None: 100, or no whole pictures"),
+    "baselines": Setting(None, whole(0), "images that the classical denoisers get; None: 100, or 0 whole pictures"),
     "json":      Setting(None, name_ending(".json"), "file to write the tables to as JSON; None: none"),
     "markdown":  Setting(None, name_ending(".md"), "file to write the tables to as Markdown; None: none"),
     "overwrite": Setting(False, bool, "replace these two files if they exist"),
@@ -140,19 +140,21 @@ def main():
         control, trained_control = checkpoint.load_model(cfg.control, place)
         networks["control"] = control, trained_control.noise_steps
     figure = Path(cfg.out_dir) / "res" / f"evaluation_{weights.stem}.png"
-    images, source = data.load("test", cfg)
-    # In an order in which the first few are a fair sample, of any folder.
-    images = images[torch.randperm(len(images), generator=streams.generator("cpu", 0, streams.CHOICE, 0))].to(place)
     pictures = held_out_pictures(cfg)
     if pictures:
         source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
+        images = held_out.middles(pictures, cfg.crop_size)
     else:
+        images, source = data.load("test", cfg)
+        # In an order in which the first few are a fair sample, of any folder.
+        images = images[torch.randperm(len(images), generator=streams.generator("cpu", 0, streams.CHOICE, 0))]
         script.make_folder(figure.parent)
     if cfg.baselines is None:
         cfg = dataclasses.replace(cfg, baselines=0 if pictures else 100)
+    images = images.to(place)
     print(f"data: {source}; weights: {weights}")
 
-    shares = held_out.channels_in_use(trained, model, images)
+    shares = held_out.channels_in_use(trained, model, images) if len(images) else {}
     precision, knows_level = device.pick_precision(cfg.precision, place), getattr(model, "knows_t", True)
     adapt = measure.of_any_size if pictures else measure.in_precision
     networks = {name: (adapt(net, precision), T) for name, (net, T) in networks.items()}
@@ -165,7 +167,7 @@ def main():
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
     about |= dict(precision=str(precision).removeprefix("torch."), **device.describe(place))
     about |= dict(seconds=round(time.monotonic() - started, 1), measures=MEASURES)
-    report(cfg, about, [*made, tables.channels(shares)])
+    report(cfg, about, [*made, tables.channels(shares)] if shares else made)
     if not pictures:
         T = trained.noise_steps
         figures.evaluation(figure, *tables.curves(records, cfg.subset, measure.shown_levels(T)))

@@ -129,6 +129,8 @@ def check_noise(cfg):
         raise UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
     if cfg.sigma_power and not cfg.sigma_range:
         raise UserError("--sigma-power is the density of the levels of --sigma-range; give that too")
+    if "continuous_t" in cfg.given and cfg.sigma_range:
+        raise UserError("--continuous-t is all levels and --sigma-range some of them; give one of the two")
     if "noise_shares" in cfg.given and cfg.noise != "mixed":
         raise UserError("--noise-shares are those of --noise mixed; give that too")
 
@@ -145,7 +147,7 @@ def main():
     torch.manual_seed(cfg.seed)
     model = unet.build(**unet.describe(cfg)).to(world.device, memory_format=device.memory_format(world.device))
     if cfg.init and not saved:
-        checkpoint.load_weights(model, checkpoint.load(cfg.init), cfg.init)
+        checkpoint.load_weights(model, checkpoint.load(cfg.init), cfg.init, "use another one, or --init none")
     optimizer = make_optimizer(cfg, model)
     x_train, x_test, about = load_images(cfg, world)
     world.say(f"data: {about['source']}; {about['test_source']}")

@@ -44,6 +44,16 @@ def load_run(cfg):
     return weights, model, trained, dataclasses.replace(cfg, **values)
 
 
+def check_choice(cfg):
+    """Raises UserError for settings of which one would be ignored."""
+    if cfg.curves and cfg.strip:
+        raise UserError("--curves and --strip are two figures; draw one at a time")
+    if cfg.curves and cfg.weights:
+        raise UserError("--curves draws the log of a run; name its folder with --out-dir, not --weights")
+    if "t" in cfg.given and not cfg.strip:
+        raise UserError("--t is the noise level of the strip; give --strip too")
+
+
 def draw_curves(out_dir):
     """Draw out_dir/log.csv; returns the figure's path. Raises UserError."""
     log = Path(out_dir) / "log.csv"
@@ -83,6 +93,7 @@ def figure_path(out_dir, name):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
+    check_choice(cfg)
     path = draw_curves(cfg.out_dir) if cfg.curves else draw_images(cfg)
     print(f"figure saved: {path}")
 

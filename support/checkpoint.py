@@ -67,7 +67,7 @@ def path_of(folder, epoch, step=None):
     return Path(folder) / (f"unet32_e{epoch}.pth" if step is None else f"unet32_e{epoch}_s{step}.pth")
 
 
-def place_of(path):
+def epoch_and_step(path):
     """(epoch, step) in the name of a checkpoint; the step of a finished epoch is infinite. None: another file."""
     match = re.fullmatch(r"unet32_e([0-9]{1,18})(?:_s([0-9]{1,18}))?\.pth", Path(path).name)
     return match and (int(match[1]), int(match[2]) if match[2] else math.inf)
@@ -75,7 +75,7 @@ def place_of(path):
 
 def in_folder(folder):
     """The checkpoints that a run left in a folder, oldest first."""
-    return sorted((path for path in Path(folder).glob("unet32_e*.pth") if place_of(path)), key=place_of)
+    return sorted((path for path in Path(folder).glob("unet32_e*.pth") if epoch_and_step(path)), key=epoch_and_step)
 
 
 def newest(folder):
@@ -244,9 +244,9 @@ def load_model(path, device):
     return model.to(device, memory_format=memory_format(device)).eval(), trained
 
 
-def load_weights(model, state, path):
+def load_weights(model, state, path, remedy="use another one"):
     """Put the weights of a checkpoint, `state` as `load` returns it, into the network. Raises CheckpointError."""
-    with errors_naming(path):
+    with errors_naming(path, remedy):
         entries.check_weights(state["model"], model.state_dict())
     model.load_state_dict(state["model"])
 
@@ -295,12 +295,12 @@ def copied(value):
 
 
 @contextlib.contextmanager
-def errors_naming(path):
+def errors_naming(path, remedy="use another one"):
     """Make a wrong entry, and a lack of memory, which says nothing about the file, a CheckpointError with the name."""
     try:
         yield
     except entries.Wrong as error:
-        raise CheckpointError(f"{path} cannot be used: {error}; use another one") from None
+        raise CheckpointError(f"{path} cannot be used: {error}; {remedy}") from None
     except (MemoryError, RuntimeError) as error:
         if not (lack := memory.lack(error)):
             raise

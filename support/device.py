@@ -2,7 +2,6 @@
 
 import platform
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -15,10 +14,6 @@ SETTINGS = {
         "auto", ("auto", "bfloat16", "float32"), "of the network; auto: bfloat16 where the hardware is fast at it"
     ),
 }
-
-torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on CUDA too
-# So the compiler's advice to allow TF32 is not wanted.
-warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def pick(name, local_rank=0, world=1):

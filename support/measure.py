@@ -20,7 +20,7 @@ from support.metrics import METRICS
 from support.pictures import SIZE
 
 PIXELS = data.TEST_BATCH * SIZE**2  # that the network is given at once
-TILE = 608  # pixels, height and width of the largest part of a picture that it is given
+TILE = 608  # pixels, height and width of the largest part of a picture that it is given: all of one of CBSD68
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
 MOST_LEVELS = 17  # integer noise levels, beside those of the literature
 STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far as they are fewer than the last

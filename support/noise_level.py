@@ -150,7 +150,9 @@ def band_energies(blocks):
 
 
 def blockiness(parts, axis):
-    """How much the steps at one offset modulo JPEG_BLOCK, the largest and the smallest, differ from those at most."""
+    """How visible JPEG's grid is, (2,): of the mean steps between neighbouring pixels at each offset modulo JPEG_BLOCK,
+    the logarithms of the largest and of the smallest over their median.
+    """
     totals = []
     for part in parts:
         steps = abs(np.diff(part.mean(axis=0), axis=axis - 1))

@@ -49,7 +49,8 @@ def plan(inputs, output, overwrite=False, extras=()):
         for path in (target, *(beside(target, extra) for extra in extras)):
             if path in source_of:
                 raise UserError(
-                    f"{source_of[path]} and {source} would both be written to {path}; denoise them into two folders"
+                    f"{source_of[path]} and {source} would both be written to {path}; "
+                    "rename one of them, or denoise them into two folders"
                 )
             source_of[path] = source
             check_free(path, originals, overwrite)
@@ -100,6 +101,10 @@ def options_for(image, path):
         if error:
             raise pictures.DataError(f"{path} cannot be written ({error}); choose another ending, such as .png")
     space, lost = b"RGB " if image.mode.startswith("RGB") else b"GRAY", []
+    if image.mode == "I;16" and ending not in DEEP:
+        lost.append("depth of 16 bits")
+    if image.mode.startswith("RGB") and ending == ".gif":
+        lost.append("colours beyond 256")
     for key, name in (("icc_profile", "colour profile"), ("exif", "EXIF data")):
         data = image.info.get(key)
         if key == "icc_profile" and data and data[16:20] != space:  # made for other colours than these

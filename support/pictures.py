@@ -8,7 +8,6 @@ import io
 import os
 import stat
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ from tqdm import tqdm
 
 from config import UserError
 
-Image.MAX_IMAGE_PIXELS = None  # read has a limit of its own
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, whose fault is reported here if it matters
 MAX_PIXELS = 100_000_000  # of the largest picture that is read by default
 SIZE = 32  # pixels, height and width of every image of the built-in data sets
 IMAGE_FILES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
@@ -97,8 +94,12 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
     try:
         with open_picture(path) as image:
             if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than --max-pixels {max_pixels}")
+                raise DataError(
+                    f"{path} is {image.width}x{image.height} pixels, more than --max-pixels {max_pixels}; raise it"
+                )
             drop_text(image, path)
+            if has_frames(image):
+                say_once(path, "of an animation, or of several pages, only the first picture is read")
             if loses_bits(image):
                 say_once(path, "colours of more than 8 bits are read as 8 bits")
             image.load()
@@ -110,7 +111,7 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
             except Exception:
                 pass  # a broken orientation tag is no reason to lose the picture
             return (convert or rgb)(standard(image, path))
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
         raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
@@ -154,6 +155,14 @@ def is_profile(profile):
     return True
 
 
+def has_frames(image):
+    """Whether a file holds more pictures than the first. A JPEG file's second one (MPO) is a preview or a depth map."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # what is damaged behind the first picture does not matter
+        return False
+
+
 def loses_bits(image):
     """Whether colours of more than 8 bits are about to be decoded to 8, as Pillow has no mode for them."""
     if image.mode.startswith("I"):
@@ -165,11 +174,11 @@ def standard(image, path):
     """The decoded image with its values as `read` promises them, its info unchanged."""
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+        raise DataError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         result = Image.fromarray(full_range(image, tags, path))
     elif SIGNED in tags.get(SAMPLE_FORMAT, ()):
-        raise ValueError("signed pixels of 8 bits have no known range; save it with unsigned ones")
+        raise DataError(f"{path} has signed pixels of 8 bits, whose range is unknown; save it with unsigned ones")
     elif image.mode in ("CMYK", "LAB"):
         result = by_profile(image, path)
     elif image.mode in ("La", "RGBa"):  # premultiplied alpha
@@ -181,14 +190,14 @@ def standard(image, path):
 
 
 def full_range(image, tags, path):
-    """A grey image of integers as uint16 (H, W) with white at 65535. Raises ValueError for negative ones."""
+    """A grey image of integers as uint16 (H, W) with white at 65535. Raises DataError for negative ones."""
     values = np.asarray(image)
     signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
     if values.dtype == np.int32 and not signed:
         values = values.view(np.uint32)
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0:
-        raise ValueError("negative pixels have no known range; save it with unsigned ones")
+        raise DataError(f"{path} has negative pixels, whose range is unknown; save it with unsigned ones")
     bits, declared = max(tags.get(BITS, (16,))), max(tags.get(HIGHEST, ()), default=0)
     if declared >= highest and declared & (declared + 1) == 0 < declared:  # 2^bits - 1: the range, and no statistic
         white = declared

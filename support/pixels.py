@@ -26,7 +26,7 @@ def unpack(image):
     if isinstance(image, np.ndarray):
         pixels, pack = unpack_array(image)
     elif isinstance(image, torch.Tensor) and image.is_floating_point():
-        pixels, pack = image.detach(), lambda pixels: pixels
+        pixels, pack = image.detach(), torch.Tensor.contiguous  # not a view of one grey plane
     else:
         kind = getattr(image, "dtype", type(image).__name__)
         raise ValueError(f"a Pillow image, a NumPy array or a floating tensor is needed, not {kind}")

@@ -22,14 +22,14 @@ import config
 import data
 import unet
 from config import UserError
-from support import channels, checkpoint, entries, figures, loggers
+from support import channels, checkpoint, device, entries, figures, loggers
 
 SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
 # A resumed run takes the settings that were not typed from its checkpoint, except these, which belong to one start.
 PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers"}
 # A setting that was typed must not contradict the checkpoint, except these, which do not make it another run.
 MAY_CHANGE = PER_START | {"data_dir", "init", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
-# What earlier versions did that had no such setting, where it is not the default.
+# For checkpoints that lack these settings: what earlier versions did, which is no longer the default.
 CHANGED = {"noise_shares": (1 / 3, 1 / 6), "recycle": 0}
 NEEDS = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
 
@@ -67,8 +67,8 @@ def begin(cfg, settings):
     elif cfg.resume is not None:
         saved = checkpoint.load(cfg.resume, needs=NEEDS)
         if Path(cfg.out_dir).resolve() == Path(cfg.resume).resolve().parent:
-            place = checkpoint.place_of(cfg.resume) or (saved["epoch"], 0)
-            there = [path for path in there if checkpoint.place_of(path) > place]
+            reached = checkpoint.epoch_and_step(cfg.resume) or (saved["epoch"], 0)
+            there = [path for path in there if checkpoint.epoch_and_step(path) > reached]
     if there and not cfg.overwrite:
         raise checkpoint.CheckpointError(
             f"{cfg.out_dir} already holds {there[-1].name}; go on from it with --resume auto, "
@@ -165,6 +165,8 @@ class Run:
             world.say(
                 f"{world.size} processes go on where {len(sums)} stood: the same images and noise, but not bit for bit"
             )
+        if cfg.precision == "bfloat16" and device.pick_precision("auto", world.device) == torch.float32:
+            world.warn("the run goes on in bfloat16, as it began, at which this device is slow")
         if cfg.epochs != saved["config"]["epochs"]:
             world.say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {saved['config']['epochs']}")
         if self.log:
@@ -201,7 +203,7 @@ class Run:
             done = self.step - len(self.log) * self.steps_per_epoch
             mean = self.finite(self.loss_sum / done)
             text = f"loss {mean:.4f}, lr {self.lr:.1e}, {self.speed(done):.0f} images/s"
-            if "channels_in_use" in (self.log or [{}])[-1]:
+            if self.log and self.log[-1].get("of_block"):
                 text += f", {self.log[-1]['channels_in_use']:.0%} of {self.log[-1]['of_block']} in use"
             self.bar.set_postfix_str(f"{text}, run {self.time_left()} left", refresh=False)
         if self.cfg.save_every_steps and self.step % self.cfg.save_every_steps == 0:
@@ -234,10 +236,11 @@ class Run:
     def report(self):
         """Print, log and draw what the last epoch gave."""
         row, cfg = self.log[-1], self.cfg
+        in_use = f"{row['channels_in_use']:.0%} of the channels of {row['of_block']} in use, "
         self.world.say(
             f"epoch {row['epoch'] + 1}/{cfg.epochs}: train loss {row['train_loss']:.4f}, "
             f"held-out loss {row['test_loss']:.4f}, {row['images_per_second']:.1f} images/s, "
-            f"{row['channels_in_use']:.0%} of the channels of {row['of_block']} in use, {self.time_left()} left"
+            f"{in_use if row['of_block'] else ''}{self.time_left()} left"
         )
         self.to_loggers(lambda logger: logger.log(self.log))
         if cfg.sample_every_epochs and (row["epoch"] + 1) % cfg.sample_every_epochs == 0:
@@ -328,8 +331,8 @@ def prune(saved, finished):
 
     Later ones than `saved` are damaged: the run went on from before them.
     """
-    inside = [old for old in checkpoint.in_folder(saved.parent) if checkpoint.place_of(old)[1] < math.inf]
-    so_far = [old for old in inside if checkpoint.place_of(old) <= checkpoint.place_of(saved)]
+    inside = [old for old in checkpoint.in_folder(saved.parent) if checkpoint.epoch_and_step(old)[1] < math.inf]
+    so_far = [old for old in inside if checkpoint.epoch_and_step(old) <= checkpoint.epoch_and_step(saved)]
     delete(inside if finished else so_far[:-2])
 
 

@@ -9,9 +9,11 @@ import io
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from config import UserError
 from support import memory
@@ -44,6 +46,7 @@ class Unfailing:
 def run(main):
     """Run main(). A UserError becomes one line, `error: ...`, on stderr and exit code 1; Ctrl-C exit code 130."""
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    set_up_libraries()
     try:
         main()
     except (UserError, OSError) as error:
@@ -56,6 +59,14 @@ def run(main):
         print("interrupted", file=sys.stderr)
         leave(130)
     leave(0)
+
+
+def set_up_libraries():
+    """What holds for the whole process: a script may set it, an import must leave it to the program that imports."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on CUDA too
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # advice to allow it
+    Image.MAX_IMAGE_PIXELS = None  # pictures.read has a limit of its own
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, whose fault is reported if it matters
 
 
 def fail(reason):

@@ -38,10 +38,10 @@ def strengths(pixels, sigma, denoise):
     return sheet([(label, shown(view, scale=2)) for label, view in cells], columns=4)
 
 
-def middle(pixels):
-    """The middle (C, MIDDLE, MIDDLE) of pixels (C, H, W), or less where they are fewer."""
-    y, x = (max(0, length - MIDDLE) // 2 for length in pixels.shape[1:])
-    return pixels[:, y : y + MIDDLE, x : x + MIDDLE]
+def middle(pixels, size=MIDDLE):
+    """The middle (C, size, size) of pixels (C, H, W), or less where they are fewer."""
+    y, x = (max(0, length - size) // 2 for length in pixels.shape[1:])
+    return pixels[:, y : y + size, x : x + size]
 
 
 def shown(pixels, scale=1, largest=None):

@@ -167,8 +167,8 @@ def test_the_shipped_weights_are_sound():
 
 
 def test_places_are_read_from_names():
-    assert checkpoint.place_of("model/unet32_e10.pth") == (10, math.inf)
-    assert checkpoint.place_of("unet32_e10_s7.pth") == (10, 7)
+    assert checkpoint.epoch_and_step("model/unet32_e10.pth") == (10, math.inf)
+    assert checkpoint.epoch_and_step("unet32_e10_s7.pth") == (10, 7)
     for other in (
         "unet32.pth",
         "unet32_e.pth",
@@ -177,9 +177,9 @@ def test_places_are_read_from_names():
         "unet32_e١.pth",
         "unet32_e1.pth.x",
     ):
-        assert checkpoint.place_of(other) is None
-    assert checkpoint.place_of(f"unet32_e{'9' * 5000}.pth") is None
-    assert checkpoint.place_of(checkpoint.path_of("model", 3, 4)) == (3, 4)
+        assert checkpoint.epoch_and_step(other) is None
+    assert checkpoint.epoch_and_step(f"unet32_e{'9' * 5000}.pth") is None
+    assert checkpoint.epoch_and_step(checkpoint.path_of("model", 3, 4)) == (3, 4)
 
 
 def test_the_newest_is_that_of_the_last_step_not_of_the_last_hour(tmp_path):

@@ -660,7 +660,7 @@ def test_generators_are_pure_functions_of_their_key():
         return torch.rand(4, generator=streams.generator("cpu", *key)).tolist()
 
     assert draw(0, streams.NOISE, 5) == draw(0, streams.NOISE, 5)
-    keys = [(seed, use, i) for seed in range(3) for use in range(7) for i in range(4)]
+    keys = [(seed, use, i) for seed in range(3) for use in range(streams.JPEG + 1) for i in range(4)]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
 
 

@@ -283,6 +283,7 @@ def test_python_is_left_as_it_was(weights):
     x = torch.zeros(3, 8, 8, requires_grad=True)
     before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
     clean = denoise.denoise(x, weights=weights["unet"])
+    clean.clamp_(-1, 1)  # three planes of their own, though they are equal
     assert before == (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
     assert not clean.requires_grad
     (x * clean).sum().backward()  # which an inference tensor would not take part in
@@ -419,7 +420,8 @@ def test_every_ending_can_be_written(ending, tmp_path):
         image = Image.new(mode, size, "white")
         options, lost = picture_files.options_for(image, path)
         picture_files.write(image, path, options, overwrite=True)
-        assert lost == [] and np.asarray(Image.open(path).convert("L")).min() >= 254
+        assert lost == ["colours beyond 256"] * (mode == "RGB" and ending == ".gif")
+        assert np.asarray(Image.open(path).convert("L")).min() >= 254
 
 
 def test_upright_with_profile_and_without_doubled_orientation(run):
@@ -449,6 +451,9 @@ def test_what_a_format_cannot_hold_is_dropped_with_a_line(run, capsys):
     assert run("in", "-o", "out", "--sigma", 25) == 0
     assert run("long.png", "-o", "long.jpg", "--sigma", 25) == 0
     assert "WARNING: long.png: its EXIF data cannot be stored there" in capsys.readouterr().err
+    write("deep.png", noise(8, 8, dtype=np.uint16))
+    assert run("deep.png", "-o", "deep.jpg", "--sigma", 25) == 0
+    assert "WARNING: deep.png: its depth of 16 bits cannot be stored there" in capsys.readouterr().err
     assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "b.png"]
     assert all("icc_profile" not in Image.open(f"out/{name}.png").info for name in "ab")
 

@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,10 +128,9 @@ def test_readme_snippet_runs(tmp_path, monkeypatch):
 # ---- PyTorch Hub -------------------------------------------------------------------------------------------------
 
 
-def test_hub_gives_the_trained_networks(monkeypatch):
-    monkeypatch.setattr(checkpoint, "PHOTO", checkpoint.SHIPPED)  # whether or not it is there
-    saved = checkpoint.load(checkpoint.SHIPPED)["model"]
+def test_hub_gives_the_trained_networks():
     for name in ("unet32", "photo"):
+        saved = checkpoint.load(ROOT / "model" / f"{name}.pth")["model"]
         network = torch.hub.load(str(ROOT), name, source="local")
         assert isinstance(network, UNet) and not network.training
         for key, value in network.state_dict().items():
@@ -140,6 +141,12 @@ def test_hub_gives_untrained_networks_and_the_denoiser():
     assert not torch.hub.load(str(ROOT), "unet32", pretrained=False, source="local").training
     assert torch.hub.load(str(ROOT), "denoiser", source="local") is denoise.denoise
     assert all(importlib.util.find_spec(name) for name in hubconf.dependencies)
+
+
+def test_an_import_leaves_the_program_as_it_was():
+    state = "Image.MAX_IMAGE_PIXELS, torch.backends.cudnn.allow_tf32"
+    code = f"import torch; from PIL import Image; before = {state}; import hubconf; assert before == ({state})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # ---- the notebook ------------------------------------------------------------------------------------------------

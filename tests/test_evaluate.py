@@ -468,6 +468,19 @@ def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photog
     assert len(channels["rows"]) == 5
 
 
+def test_pictures_smaller_than_the_crops_are_measured_whole(untrained, run_script, photographs, tmp_path):
+    """The channels in use are counted in those alone that are large enough for a crop."""
+    untrained()
+    Image.new("RGB", (20, 20)).save(photographs / "test" / "small.png")
+    args = ("--dataset", "folder", "--data-dir", photographs, "--weights", "model/unet32_e0.pth", "--subset", 1)
+    code, out, err = run_script(*args, "--json", "e.json")
+    assert code == 0 and "left out" not in err, err
+    assert f"data: 3 whole test pictures in {photographs}" in out
+    assert len(json.loads((tmp_path / "e.json").read_text())["tables"][-1]["rows"]) == 5
+    code, out, err = run_script(*args, "--crop-size", 256, "--whole")
+    assert code == 0 and "Share of channels" not in out, err
+
+
 def test_crops_of_photographs_are_measured_if_asked(untrained, run_script, photographs):
     untrained("plain", folder=photographs)
     code, out, err = run_script("--no-whole", "--baselines", 0, "--steps", 1, "--limit", 2)

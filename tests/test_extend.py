@@ -85,6 +85,7 @@ def test_every_kind_of_addition(tmp_path):
     (tmp_path / "support/datasets/black.py").write_text(BLACK)
     done = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "nan" not in done.stdout and "channels of" not in done.stdout  # there are none with a ReLU
     assert "scale: 3 parameters" in done.stdout and "4 train images of nothing at all" in done.stdout
     # x0 = -1, so eps_hat - eps = 4 (-1 + sigma eps) - eps, with sigma = (t / 10)^2 of the new schedule.
     loss = float((tmp_path / "model/log.txt").read_text())

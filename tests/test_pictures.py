@@ -112,7 +112,7 @@ KINDS = {
     "16-bit grey, black": (".png", png([0, 0, 0, 0], 0), [0, 0, 0, 0], ""),
     "signed 16-bit": (".tif", tiff(SIGNED, sample_format=2), SIGNED_8, ""),
     "signed 16-bit, big-endian": (".tif", tiff(SIGNED, sample_format=2, order=">"), SIGNED_8, ""),
-    "signed 16-bit, negative": (".tif", tiff(SIGNED - 1, sample_format=2), "negative pixels have no known range", ""),
+    "signed 16-bit, negative": (".tif", tiff(SIGNED - 1, sample_format=2), "negative pixels, whose range", ""),
     "signed 8-bit": (".tif", tiff(np.array([0, -5, 5, 9], np.int8), sample_format=2), "signed pixels of 8 bits", ""),
     "32-bit": (".tif", tiff(WIDE.astype(np.uint32)), WIDE_8, "grey values above 65535"),
     "32-bit, the upper half": (".tif", tiff((WIDE * 10_000).astype(np.uint32)), WIDE_8, "grey values above 65535"),
@@ -177,6 +177,20 @@ def test_a_note_is_printed_once_for_all_files_of_a_kind(tmp_path, capsys):
     assert capsys.readouterr().err.count("read as 8 bits") == 1
 
 
+def test_that_only_the_first_of_several_pictures_is_read_is_said(tmp_path, capsys):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    for name in ("a.gif", "a.png", "a.tif", "a.webp"):
+        for count, said in (
+            (1, ""),
+            (2, f"{name}: of an animation, or of several pages, only the first picture is read"),
+        ):
+            pictures.said.clear()
+            frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:count], lossless=True)
+            assert read(tmp_path / name)[0, 0].tolist() == [255, 0, 0]
+            printed = capsys.readouterr().err
+            assert said in printed if said else not printed
+
+
 def test_a_converted_image_has_no_profile_that_cannot_be_written_again(tmp_path):
     (tmp_path / "a.png").write_bytes(png(COLOURS, 2, (b"tEXt", b"icc_profile\0text"), bits=8))
     assert "icc_profile" not in read(tmp_path / "a.png", convert=lambda image: image.info)
@@ -187,7 +201,7 @@ def test_a_converted_image_has_no_profile_that_cannot_be_written_again(tmp_path)
 
 def test_pictures_of_more_than_max_pixels_are_not_decoded(tmp_path):
     Image.new("1", (3000, 1000)).save(tmp_path / "large.png")
-    with pytest.raises(DataError, match=r"3000x1000 pixels are more than --max-pixels 2000000"):
+    with pytest.raises(DataError, match=r"3000x1000 pixels, more than --max-pixels 2000000; raise it"):
         read(tmp_path / "large.png", max_pixels=2_000_000)
 
 

@@ -49,7 +49,8 @@ def test_compressed_noise_is_what_jpeg_leaves(noisy):
         if not quality:
             assert torch.equal(after[i], before[i]) and t_after[i] == t[i]
             continue
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
             expected = decode_jpeg(encode_jpeg(pixels[i], quality)) / 127.5 - 1
         assert (after[i] - expected).abs().mean() < 0.5 / 127.5  # two libraries, which may round differently
         assert eps_after[i].square().mean().item() == pytest.approx(1, abs=1e-4)

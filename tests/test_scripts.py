@@ -115,6 +115,13 @@ def test_flags_go_before_presets_and_presets_before_defaults(capsys):
         cfg.size = 8
 
 
+def test_the_word_none_undoes_what_a_preset_has_set():
+    cfg = config.parse("", train.SETTINGS, train.PRESETS, ["--preset", "photographs"])
+    assert cfg.init == "model/unet32.pth"
+    cfg = config.parse("", train.SETTINGS, train.PRESETS, ["--preset", "photographs", "--init", "none"])
+    assert cfg.init is None and "init" in cfg.given
+
+
 def test_auto_picks_what_the_hardware_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -202,6 +209,12 @@ def test_train_then_visualize(run_script, pictures, tmp_path):
     code, _, err = run_script(visualize, "--strip", "--t", 10)
     assert code == 1 and err == "error: --t 10 is outside 1 ... 9; lower it\n"
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("args", [("--curves", "--strip"), ("--curves", "--weights", "x.pth"), ("--t", 3)])
+def test_settings_of_two_figures_are_refused(args, run_script):
+    code, _, err = run_script(visualize, *args)
+    assert code == 1 and re.fullmatch(r"error: --(curves|t) .*; (draw|name|give) .*\n", err)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_learning_rates_are_those_of_pytorch():
 
 
 def test_reference_preset_is_the_textbook_loop(run, pictures):
-    """Weights after `--preset reference` against a loop written out with PyTorch's and torchvision's own parts."""
+    """Weights after `--preset reference` against a loop of PyTorch's and torchvision's own parts, on the same noise."""
     run("--preset", "reference", "--epochs", 2, *TINY, "--device", "cpu")
     transform = torchvision.transforms.Compose(
         [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
@@ -299,6 +299,8 @@ def test_settings_that_cannot_be_are_refused(run):
         run("--sigma-range", 50, 10)
     with pytest.raises(config.UserError, match=r"--sigma-power is .* --sigma-range"):
         run("--sigma-power", 1)
+    with pytest.raises(config.UserError, match=r"--continuous-t .* --sigma-range .*; give one"):
+        run("--continuous-t", "--sigma-range", 5, 50)
     with pytest.raises(config.UserError, match="--noise-shares are those of --noise mixed"):
         run("--noise-shares", 0.5, 0)
     with pytest.raises(config.UserError, match=r"--device \S+ cannot be used "):

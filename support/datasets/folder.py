@@ -54,7 +54,13 @@ def load(split, cfg):
     named = files(split, cfg)
     if split == "train" and cfg.fresh_crops:
         squares, crops = sum(scale**2 for scale in cfg.scales), len(cfg.scales) * cfg.crops_per_image
-        check_memory(named, cfg, lambda width, height: 3 * width * height * squares + 32 * crops)
+        check_memory(
+            named,
+            cfg,
+            lambda width, height: 3 * width * height * squares + 32 * crops,
+            what=f"{len(named):,} pictures",
+            remedy="lower --limit or use fewer --scales",
+        )
         good = read_all(split, named, cfg, lambda name, path: copies(path, cfg, cfg.scales))
         return [torch.from_numpy(x).permute(2, 0, 1) for some in good for _, x in some], describe(len(good), cfg)
     count = cfg.crops_per_image * len(cfg.scales) if split == "train" else math.ceil(HELD_OUT_CROPS / len(named))
@@ -67,7 +73,13 @@ def load(split, cfg):
 
     def make():
         size = cfg.crop_size
-        check_memory(named, cfg, lambda width, height: 3 * size**2 * (count if max(width, height) > size else 1))
+        check_memory(
+            named,
+            cfg,
+            lambda width, height: 3 * size**2 * (count if max(width, height) > size else 1),
+            what=f"the crops of {len(named):,} pictures",
+            remedy="lower --crops-per-image, --crop-size or --limit, or use fewer --scales",
+        )
         good = read_all(split, named, cfg, crops)
         return torch.from_numpy(np.concatenate(good)), {"pictures": len(good)}
 
@@ -185,21 +197,18 @@ def windows(picture, corners, size):
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-def check_memory(named, cfg, bytes_of):
+def check_memory(named, cfg, bytes_of, what, remedy):
     """Say how much memory is needed before it is taken. Raises DataError if it is not there.
 
-    bytes_of(width, height): of a file of that size.
+    bytes_of(width, height): of a file of that size. what, remedy: words for what takes it, and what takes less.
     """
     sample = named[:: math.ceil(len(named) / SAMPLED)]
     sizes = [pictures.size_of(path) for _, path in sample]
     mean = sum(bytes_of(*size) for size in sizes if math.prod(size) <= cfg.max_pixels) / len(sample)
     need, free = 2 * mean * len(named), available_memory()  # twice: those of each file, then all together
-    text = f"the crops of {len(named):,} pictures take about {need / 1e9:.1f} GB of memory"
+    text = f"{what} take about {need / 1e9:.1f} GB of memory"
     if need > free:
-        raise DataError(
-            f"{text}, and {free / 1e9:.1f} GB are free; lower --crops-per-image, --crop-size or --limit, "
-            "or use fewer --scales"
-        )
+        raise DataError(f"{text}, and {free / 1e9:.1f} GB are free; {remedy}")
     if need > 1e9:
         print(f"note: {text}", file=sys.stderr)
 
