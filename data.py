@@ -54,7 +54,7 @@ def resolve(cfg):
 
 
 def whole_pictures(split, cfg):
-    """The pictures of a split, [(relative name, read)]: read() -> uint8 (3, H, W) of any size. Raises DataError."""
+    """The pictures of a split, as functions: read() -> uint8 (3, H, W) of any size. Raises DataError."""
     cfg = resolve(cfg)
     if not hasattr(DATASETS[cfg.dataset], "files"):
         raise UserError(f"--dataset {cfg.dataset} has no whole pictures; use --dataset folder")
@@ -62,15 +62,10 @@ def whole_pictures(split, cfg):
     def reader(path):
         return lambda: torch.from_numpy(read(path, cfg.max_pixels)).permute(2, 0, 1)
 
-    found = [(relative, reader(path)) for relative, path in DATASETS[cfg.dataset].files(split, cfg)]
-    if not cfg.skip_bad_images:
-        return found
-    good = [(relative, read_it) for relative, read_it in found if readable(read_it)]
-    if len(good) < len(found):
-        print(
-            f"WARNING: {len(found) - len(good)} of {len(found)} pictures cannot be read and are left out",
-            file=sys.stderr,
-        )
+    found = [reader(path) for _, path in DATASETS[cfg.dataset].files(split, cfg)]
+    good = [read_it for read_it in found if not cfg.skip_bad_images or readable(read_it)]
+    if bad := len(found) - len(good):
+        print(f"WARNING: {bad} of {len(found)} pictures cannot be read and are left out", file=sys.stderr)
     return good
 
 
@@ -153,8 +148,10 @@ def draw_noise(shape, cfg, device, step):
 
 
 def draw_qualities(cfg, step):
-    """The JPEG quality of each noisy image of a step if cfg.noise is "mixed", (B,) integers; 0: not compressed."""
-    return real_noise.draw_qualities(cfg.batch_size, generator("cpu", cfg.seed, JPEG, step), cfg.noise_shares[1])
+    """The JPEG quality of each noisy image of a step if cfg.noise is "mixed", (B,): 70 to 100, or 0: not compressed."""
+    random = generator("cpu", cfg.seed, JPEG, step)
+    qualities = torch.randint(70, 101, (cfg.batch_size,), generator=random)
+    return torch.where(torch.rand(cfg.batch_size, generator=random) < cfg.noise_shares[1], qualities, 0)
 
 
 def held_out_noise(images, start):

@@ -79,16 +79,16 @@ def evaluate_images(cfg, networks, knows_level, images):
 @torch.inference_mode()
 def evaluate_pictures(cfg, networks, blind, pictures, place):
     """The tables for whole pictures, see data.whole_pictures. blind: x0_hat of x_t with unknown noise; or None."""
-    every, T = len(pictures), networks["network"][1]
+    every = len(pictures)
     denoisers = {"noisy": (every, noisy)} | {name: (every, network(*net)) for name, net in networks.items()}
     if cfg.baselines and "BM3D" in (methods := classical.methods()):
         denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
-    records = measure.pictures(pictures, WHOLE_LEVELS, T, denoisers, place)
+    records = measure.pictures(pictures, WHOLE_LEVELS, denoisers, place)
     told = {f"{sigma}": (every, measure.told(network(*networks["network"]), sigma)) for sigma in TOLD}
     told |= {"estimated, as by denoise.py": (every, lambda x_t, _: blind(x_t))} if blind else {}
-    clean = measure.pictures(pictures, (0,), T, told, place)
+    clean = measure.pictures(pictures, (0,), told, place)
     # The literature reports on CBSD68: 68 pictures of 481x321 or 321x481 pixels.
-    cbsd68 = every == 68 and all(sorted(read().shape[1:]) == [321, 481] for _, read in pictures)
+    cbsd68 = every == 68 and all(sorted(read().shape[1:]) == [321, 481] for read in pictures)
     return [*(tables.pictures(records, key, cbsd68) for key in metrics.METRICS), tables.clean(clean)]
 
 
@@ -99,7 +99,7 @@ def held_out_pictures(cfg):
     if cfg.whole is False or cfg.dataset != "folder":
         return []
     pictures = data.whole_pictures("test", cfg)
-    if cfg.whole or any(max(read().shape[1:]) > cfg.crop_size for _, read in pictures):
+    if cfg.whole or any(max(read().shape[1:]) > cfg.crop_size for read in pictures):
         return pictures
     return []
 
@@ -139,7 +139,6 @@ def main():
     if cfg.control:
         control, trained_control = checkpoint.load_model(cfg.control, place)
         networks["control"] = control, trained_control.noise_steps
-    figure = Path(cfg.out_dir) / "res" / f"evaluation_{weights.stem}.png"
     pictures = held_out_pictures(cfg)
     if pictures:
         source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
@@ -148,7 +147,7 @@ def main():
         images, source = data.load("test", cfg)
         # In an order in which the first few are a fair sample, of any folder.
         images = images[torch.randperm(len(images), generator=streams.generator("cpu", 0, streams.CHOICE, 0))]
-        script.make_folder(figure.parent)
+        figure = script.figure_path(cfg.out_dir, f"evaluation_{weights.stem}.png")
     if cfg.baselines is None:
         cfg = dataclasses.replace(cfg, baselines=0 if pictures else 100)
     images = images.to(place)

@@ -6,8 +6,6 @@
 Writes model/res/comparison_result_overfit.png. Exits with code 1 if the loss stays up.
 """
 
-from pathlib import Path
-
 import torch
 
 import config
@@ -49,8 +47,7 @@ def main():
     T, place = cfg.noise_steps, device.pick(cfg.device)
     if cfg.t >= T:
         raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")
-    path = Path(cfg.out_dir) / "res" / "comparison_result_overfit.png"
-    script.make_folder(path.parent)
+    path = script.figure_path(cfg.out_dir, "comparison_result_overfit.png")
     images, source = data.load("test", cfg)
     print(f"data: one of {source}")
     x0 = data.scale(images[:1].to(place))

@@ -80,8 +80,7 @@ def train(cfg, world, model, optimizer, x_train, x_test, run):
     net = world.wrap(model, cfg)  # `model` stays the raw module, which is what is saved
     while len(run.log) < cfg.epochs:
         for x0 in run.epoch(x_train):  # (batch_size / world.size, 3, S, S) in [-1, 1]
-            for group in optimizer.param_groups:
-                group["lr"] = run.lr_at(run.step)
+            set_lr(optimizer, lr_at(run.step, cfg, run.steps_per_epoch))
             # Every rank draws the noise of the whole batch and takes its share: the same on any number of ranks.
             t, eps = map(world.share, data.draw_noise((cfg.batch_size, *x0.shape[1:]), cfg, world.device, run.step))
             if cfg.noise == "mixed":
@@ -95,7 +94,8 @@ def train(cfg, world, model, optimizer, x_train, x_test, run):
             loss.backward()
             optimizer.step()
             run.after_step(loss)  # counts it, moves the bar, saves when due, raises Stopped after a signal
-        run.after_epoch(held_out_loss(cfg, world, model, x_test, run.signals), channels_in_use(cfg, model, x_test))
+        test_loss = held_out_loss(cfg, world, model, x_test, run.signals.check)
+        run.after_epoch(test_loss, channels_in_use(cfg, model, x_test))
 
 
 def recycle(cfg, world, model, optimizer, x0, eps, t, run):
@@ -116,6 +116,11 @@ def lr_at(step, cfg, steps_per_epoch):
     else:
         decay = 1
     return cfg.lr * min(warmup, decay)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def make_optimizer(cfg, model):
@@ -149,22 +154,20 @@ def main():
     if cfg.init and not saved:
         checkpoint.load_weights(model, checkpoint.load(cfg.init), cfg.init, "use another one, or --init none")
     optimizer = make_optimizer(cfg, model)
-    x_train, x_test, about = load_images(cfg, world)
-    world.say(f"data: {about['source']}; {about['test_source']}")
+    images = load_images(cfg, world)
+    world.say(f"data: {images.about['source']}; {images.about['test_source']}")
     world.say(
         f"{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device}, "
         f"{cfg.precision}; {cfg.epochs} epochs of {cfg.batch_size}-image batches"
     )
-    steps = len(x_train) // cfg.batch_size
     with Signals(world) as signals:
-        run = Run(
-            cfg, world, model, optimizer, about, x_test, steps, lambda step: lr_at(step, cfg, steps), folder, signals
-        )
+        run = Run(cfg, world, model, optimizer, images, folder, signals)
         if saved:
             run.resume(saved)
+            set_lr(optimizer, lr_at(run.step - 1, cfg, run.steps_per_epoch))  # a save may come before the next update
         stopped = None
         try:
-            train(cfg, world, model, optimizer, x_train, x_test, run)
+            train(cfg, world, model, optimizer, images.train, images.test, run)
         except Stopped as stop:
             stopped = stop.signum
             world.say(f"stopped after step {run.step:,}")

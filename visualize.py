@@ -59,7 +59,7 @@ def draw_curves(out_dir):
     log = Path(out_dir) / "log.csv"
     if not log.is_file():
         raise UserError(f"{log} does not exist; run train.py first, or name the run's folder with --out-dir")
-    path = figure_path(out_dir, "curves")
+    path = script.figure_path(out_dir, "curves.png")
     try:
         with open(log, newline="") as file:
             figures.curves(list(csv.DictReader(file)), path)
@@ -74,7 +74,7 @@ def draw_images(cfg):
     T = trained.noise_steps
     if cfg.strip and cfg.t >= T:
         raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")
-    path = figure_path(cfg.out_dir, f"{'steps' if cfg.strip else 'comparison_result'}_{weights.stem}")
+    path = script.figure_path(cfg.out_dir, f"{'steps' if cfg.strip else 'comparison_result'}_{weights.stem}.png")
     images, source = data.load("test", cfg)
     print(f"data: {source}; weights: {weights}")
     if cfg.strip:
@@ -82,13 +82,6 @@ def draw_images(cfg):
     else:
         figures.comparison_grid(model, images, T, path, cfg.images)
     return path
-
-
-def figure_path(out_dir, name):
-    """Raises before the work where it could not be written."""
-    folder = Path(out_dir) / "res"
-    script.make_folder(folder)
-    return folder / f"{name}.png"
 
 
 def main():

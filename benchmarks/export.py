@@ -21,7 +21,7 @@ import unet
 from config import REQUIRED, Setting, UserError, name_ending, parse
 from support import checkpoint, device, entries, files, script
 from support.held_out import held_out_loss
-from support.world import Signals, World
+from support.world import World
 
 SETTINGS = {
     "weights": Setting(None, config.file_name, "checkpoint of train.py; None: the newest in out_dir"),
@@ -60,12 +60,12 @@ def halved(weights):
 
 def losses(state, path, cfg, images, where):
     """The held-out loss with the weights as they are and in float16: two numbers."""
-    world, found = World(0, 1, 0, where), []
+    world, found = World(where), []
     for weights in (state["model"], halved(state["model"])):
         model = unet.build(**checkpoint.network_of(state))
         checkpoint.load_weights(model, state | {"model": weights}, path)
         model.to(where, memory_format=device.memory_format(where))
-        found.append(held_out_loss(cfg, world, model, images.to(where), Signals(world)))
+        found.append(held_out_loss(cfg, world, model, images.to(where)))
     return found
 
 

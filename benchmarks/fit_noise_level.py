@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import config
 import data
-from benchmarks.noise_level import blur, colour, compress, shot_and_read, to_8_bits, true_sigma, white
+from benchmarks.noise_level import blur, colour, shot_and_read, to_8_bits, true_sigma, white
 from config import REQUIRED, Setting, UserError, name_ending, whole
 from support import checkpoint, files, noise_level, script
+from support.real_noise import through_jpeg
 
 SETTINGS = data.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
@@ -93,7 +94,8 @@ def example(picture, seed):
     process = processed(random)
     clean, noisy = process(clean), process(noisy)
     if random.random() < 0.45:
-        noisy = compress(noisy, int(random.integers(60, 99)), int(random.choice([0, 2, 2, 2])))
+        quality, chroma = int(random.integers(60, 99)), int(random.choice([0, 2, 2, 2]))  # 0: not at half resolution
+        noisy = through_jpeg(noisy, quality, subsampling=chroma)
     features, _ = noise_level.statistics(noise_level.windows(noisy))
     return None if features is None else (features, true_sigma(clean, noisy))
 
@@ -109,7 +111,7 @@ def collect(split, copies, cfg):
     pictures = data.whole_pictures(split, cfg)
     # Other seeds for other splits: the held-out pictures have noise of their own.
     seeds = range(copies) if split == "train" else range(10**6, 10**6 + copies)
-    items = ((number, read().numpy(), seeds) for number, (_, read) in enumerate(pictures))
+    items = ((number, read().numpy(), seeds) for number, read in enumerate(pictures))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
         made = list(tqdm(pool.map(examples, items), f"{split} pictures", len(pictures), mininterval=2))
     return [torch.from_numpy(np.concatenate(column)) for column in zip(*made)]

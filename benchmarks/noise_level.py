@@ -6,16 +6,14 @@ Prints, for every kind and level of noise, the share of the test pictures whose 
 median of found / true. The true level is measured: see true_sigma.
 """
 
-import io
-
 import numpy as np
-from PIL import Image
 
 import config
 import data
 from config import UserError
 from diffusion import GREY_LEVELS
 from support import noise_level, script
+from support.real_noise import through_jpeg
 
 SETTINGS = data.SETTINGS | {"dataset": data.SETTINGS["dataset"]._replace(default="folder")}
 LEVELS = (5, 10, 20, 40)  # on the 0-255 scale
@@ -64,16 +62,6 @@ def shot_and_read(clean, sigma, noise):
     return 255 * np.clip(light + deviation * noise, 0, None) ** (1 / 2.2)
 
 
-def compress(pixels, quality, subsampling=2):
-    """uint8 (C, H, W) through JPEG; subsampling 2: chroma at half resolution, 0: at full resolution."""
-    file = io.BytesIO()
-    image = pixels.transpose(1, 2, 0)
-    Image.fromarray(image if len(pixels) == 3 else image[..., 0]).save(
-        file, "JPEG", quality=quality, subsampling=subsampling
-    )
-    return np.atleast_3d(np.asarray(Image.open(file))).transpose(2, 0, 1)
-
-
 KINDS = {  # functions of (clean pixels, sigma, white noise), all (C, H, W)
     "white": white,
     "blurred 0.5": lambda clean, sigma, noise: white(clean, sigma, blur(noise, 0.5)),
@@ -81,9 +69,9 @@ KINDS = {  # functions of (clean pixels, sigma, white noise), all (C, H, W)
     "shot and read": shot_and_read,
     "chroma": lambda clean, sigma, noise: white(clean, sigma, colour(noise, 2)),
     "equal": lambda clean, sigma, noise: white(clean, sigma, colour(noise, 0)),
-    "JPEG 75": lambda clean, sigma, noise: compress(to_8_bits(white(clean, sigma, noise)), 75),
-    "JPEG 85": lambda clean, sigma, noise: compress(to_8_bits(white(clean, sigma, noise)), 85),
-    "JPEG 95": lambda clean, sigma, noise: compress(to_8_bits(white(clean, sigma, noise)), 95),
+    "JPEG 75": lambda clean, sigma, noise: through_jpeg(to_8_bits(white(clean, sigma, noise)), 75),
+    "JPEG 85": lambda clean, sigma, noise: through_jpeg(to_8_bits(white(clean, sigma, noise)), 85),
+    "JPEG 95": lambda clean, sigma, noise: through_jpeg(to_8_bits(white(clean, sigma, noise)), 95),
 }
 
 
@@ -123,7 +111,7 @@ def row(kind, pictures):
     cells = []
     for sigma in LEVELS:
         ratios = []
-        for seed, (_, read) in enumerate(pictures):
+        for seed, read in enumerate(pictures):
             clean = read().numpy()
             noisy = degrade(kind, clean, sigma, seed)
             found = GREY_LEVELS * noise_level.estimate(noisy).sigma
@@ -140,7 +128,7 @@ def main():
     print("|---" + "|---" * len(LEVELS) + "|")
     for kind in KINDS:
         print(row(kind, pictures), flush=True)
-    clean = [GREY_LEVELS * noise_level.estimate(read().numpy()).sigma for _, read in pictures]
+    clean = [GREY_LEVELS * noise_level.estimate(read().numpy()).sigma for read in pictures]
     print(f"no noise added: at most 2 for {np.mean(np.array(clean) <= 2):.0%}, median {np.median(clean):.1f}, ", end="")
     print(f"highest {max(clean):.1f}")
 

@@ -24,7 +24,7 @@ SIGMA = 20  # on the 0-255 scale
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    pictures = [read() for _, read in data.whole_pictures("test", cfg)]
+    pictures = [read() for read in data.whole_pictures("test", cfg)]
     networks = [denoise.load(weights, cfg.device, cfg.precision) for weights in cfg.weights]
     print(f"PSNR in dB of {len(pictures)} pictures")
     print("| noise | noisy |" + "".join(f" {weights} |" for weights in cfg.weights))

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import config
 import data
 import unet
-from benchmarks import reference, timed
+from benchmarks import reference
 from config import Setting, UserError, whole
 from support import device, files, pictures, script
 
@@ -73,12 +72,13 @@ def flops(model, backward):
 
 def calls_a_second(f, place, seconds=2.0):
     """Calls of f() a second, over at least `seconds` and after one call that does not count."""
+    synchronize = torch.get_device_module(place).synchronize
     f()
-    timed.synchronize(place)
+    synchronize()
     started, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - started < seconds:
         f()
-        timed.synchronize(place)
+        synchronize()
         calls += 1
     return calls / (time.perf_counter() - started)
 
@@ -125,8 +125,7 @@ def measure(recipe, cfg, limit, place):
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     place = device.pick(cfg.device)
-    path = Path(cfg.out_dir) / "res" / "speed.json"
-    script.make_folder(path.parent)
+    path = script.figure_path(cfg.out_dir, "speed.json")
     cfg = dataclasses.replace(cfg, dataset=data.resolve(reference.settings_of(cfg)).dataset)
     data.load("train", reference.settings_of(cfg))  # downloaded or made before the rounds
     limit = cfg.limit or (3200 if place.type == "cpu" else 50_000)

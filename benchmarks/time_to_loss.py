@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import runpy
-from pathlib import Path
 
 from matplotlib.ticker import LogLocator
 
@@ -115,9 +114,8 @@ def contenders_of(path):
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     contenders = contenders_of(cfg.contenders)
-    path = Path(cfg.out_dir) / "res" / "time_to_loss.png"
-    script.make_folder(path.parent)
-    world = World(0, 1, 0, device.pick(cfg.device))
+    path = script.figure_path(cfg.out_dir, "time_to_loss.png")
+    world = World(device.pick(cfg.device))
     x_train, source = data.load("train", reference.settings_of(cfg, limit=None))
     x_test, test_source = data.load("test", reference.settings_of(cfg))
     print(f"data: {source}; {test_source}")

@@ -16,12 +16,6 @@ from support import device, held_out
 from support.world import Signals
 
 
-def synchronize(place):
-    """Wait until the torch.device `place` has done what it was given."""
-    if place.type != "cpu":
-        getattr(torch, place.type).synchronize()
-
-
 def reference_curve(seconds, evaluations, x_train, x_test, world):
     """The textbook loop for so many seconds, its schedule that of all 20 epochs: [(seconds, held-out loss), ...]."""
     torch.manual_seed(reference.RECIPE.seed)
@@ -34,9 +28,9 @@ def reference_curve(seconds, evaluations, x_train, x_test, world):
         for _ in losses:
             if time.perf_counter() - started >= seconds * (i + 1) / evaluations:
                 break
-        synchronize(world.device)
+        torch.get_device_module(world.device).synchronize()
         taken = time.perf_counter() - started
-        curve.append((taken, held_out.held_out_loss(reference.RECIPE, world, model, x_test, Signals(world))))
+        curve.append((taken, held_out.held_out_loss(reference.RECIPE, world, model, x_test)))
         print(f"  {taken:.0f} s, held-out loss {curve[-1][1]:.4f}", flush=True)
     return curve
 
@@ -45,17 +39,15 @@ class TimedRun:
     """What train.train asks of a run (see support/run.py), for `steps` updates by the clock, as a single epoch."""
 
     def __init__(self, cfg, steps, world):
-        self.cfg, self.steps, self.step, self.log, self.signals = cfg, steps, 0, [], Signals(world)
+        self.cfg, self.steps_per_epoch, self.signals = cfg, steps, Signals(world)
+        self.step, self.log = 0, []
 
     def epoch(self, images):
         self.epoch_length, started = len(images) // self.cfg.batch_size, time.perf_counter()
         endless = itertools.chain.from_iterable(data.batches(images, self.cfg, epoch) for epoch in itertools.count())
-        yield from itertools.islice(endless, self.steps)
-        synchronize(images.device)
+        yield from itertools.islice(endless, self.steps_per_epoch)
+        torch.get_device_module(images.device).synchronize()
         self.seconds = time.perf_counter() - started
-
-    def lr_at(self, step):
-        return train.lr_at(step, self.cfg, self.steps)
 
     def recycling_is_due(self):
         return self.step % self.epoch_length == 0 and self.step // self.epoch_length < self.cfg.recycle

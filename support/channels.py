@@ -11,6 +11,11 @@ THRESHOLD = 0.01  # a channel is in use if it is active in more than this share 
 STRENGTH = 0.1  # of a recycled channel: its standard deviation over that of the shortcut that it is added to
 
 
+def is_open(h):
+    """Which channels of h (B, C, H, W) are positive in more than THRESHOLD of all places: a bool (C,)."""
+    return (h > 0).float().mean(dim=(0, 2, 3)) > THRESHOLD
+
+
 @torch.no_grad()
 def in_use(model, x_t, t):
     """{block: share of its channels in use}, where a block is a part of `model` that ends in a ReLU over an image.
@@ -18,32 +23,14 @@ def in_use(model, x_t, t):
     x_t: noisy images (B, C, H, W); t: their time steps (B,). Of a part with several ReLUs the last one counts, and a
     channel is in use if its output is positive in more than THRESHOLD of all places of all the images.
     """
-    shares = {}
-
-    def watch(block):
-        def hook(relu, inputs, output):
-            if output.ndim == 4:
-                shares[block] = ((output > 0).float().mean(dim=(0, 2, 3)) > THRESHOLD).float().mean().item()
-
-        return hook
-
-    relus = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.ReLU)]
-    hooks = [part.register_forward_hook(watch(name.partition(".")[0])) for name, part in relus]
+    relus = {part: name.partition(".")[0] for name, part in model.named_modules() if isinstance(part, torch.nn.ReLU)}
     was_training = model.training
     model.eval()
     try:
-        model.forward(x_t, t)  # .forward: not the compiled one, which has no hooks
+        found = outputs(model, relus, x_t, t, lambda h: is_open(h).float().mean().item() if h.ndim == 4 else None)
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return shares
-
-
-def worst(shares):
-    """(smallest share, its block)."""
-    block = min(shares, key=shares.get)
-    return shares[block], block
+    return {relus[relu]: share for relu, share in found.items() if share is not None}
 
 
 @torch.no_grad()
@@ -60,13 +47,14 @@ def recycle(model, optimizer, x_t, t, random):
 
 
 def recycle_block(model, block, optimizer, x_t, t, random):
-    h, shortcut = outputs(model, (block.conv2, block.shortcut), x_t, t)
-    off = ((h > 0).float().mean(dim=(0, 2, 3)) <= THRESHOLD).nonzero().flatten()
+    found = outputs(model, (block.conv2, block.shortcut), x_t, t)
+    h, shortcut = found[block.conv2], found[block.shortcut]
+    off = (~is_open(h)).nonzero().flatten()
     if not len(off):
         return 0
     weight, bias = block.conv2.weight, block.conv2.bias
     weight[off] = torch.randn(weight[off].shape, generator=random).to(weight)
-    (h,) = outputs(model, (block.conv2,), x_t, t)
+    h = outputs(model, (block.conv2,), x_t, t)[block.conv2]
     h = h[:, off] - bias[off, None, None]
     mean, opened = h.mean(dim=(0, 2, 3)), torch.relu(h - h.mean(dim=(0, 2, 3), keepdim=True))
     scale = STRENGTH * shortcut[:, off].std(dim=(0, 2, 3)) / opened.std(dim=(0, 2, 3))
@@ -81,11 +69,13 @@ def recycle_block(model, block, optimizer, x_t, t, random):
     return len(off)
 
 
-def outputs(model, parts, x_t, t):
-    """The output of each of `parts` of the model, float32."""
+def outputs(model, parts, x_t, t, look=torch.Tensor.float):
+    """{part: look(its output)} of those `parts` of the model that are called; of several calls the last one counts."""
     found = {}
-    hooks = [part.register_forward_hook(lambda part, _, output: found.update({part: output.float()})) for part in parts]
-    model.forward(x_t, t)
-    for hook in hooks:
-        hook.remove()
-    return [found[part] for part in parts]
+    hooks = [part.register_forward_hook(lambda part, _, h: found.update({part: look(h)})) for part in parts]
+    try:
+        model.forward(x_t, t)  # .forward: not the compiled one, which has no hooks
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

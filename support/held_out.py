@@ -13,8 +13,11 @@ SAMPLE = 90  # images on which the channels in use are counted
 
 
 @torch.no_grad()
-def held_out_loss(cfg, world, model, images, signals):
-    """The loss over uint8 `images`, on the same noise in every run: t is 1 ... T-1 in turn, see data.held_out_noise."""
+def held_out_loss(cfg, world, model, images, check=lambda: None):
+    """The loss over uint8 `images`, on the same noise in every run: t is 1 ... T-1 in turn, see data.held_out_noise.
+
+    check(): called after each batch, to stop by raising.
+    """
     total = torch.zeros((), device=world.device)
     model.eval()
     world.copy(*model.buffers())  # each rank has the BatchNorm statistics of its own share
@@ -26,7 +29,7 @@ def held_out_loss(cfg, world, model, images, signals):
             with device.autocast(world.device, getattr(torch, cfg.precision)):
                 # .forward: uncompiled, as compiling for this batch is not worth it.
                 total += len(x0) * diffusion.noise_loss(model.forward, x0, eps, t, cfg.noise_steps)
-        signals.check()
+        check()
     model.train()
     return float(world.sum(total)) / len(images)
 
@@ -47,6 +50,6 @@ def channels_in_use(cfg, model, images):
 
 def middles(pictures, size):
     """The middles of the first SAMPLE pictures of data.whole_pictures that are so large, uint8 (N, 3, size, size)."""
-    crops = (sheets.middle(read(), size) for _, read in pictures)
+    crops = (sheets.middle(read(), size) for read in pictures)
     large = list(itertools.islice((crop for crop in crops if crop.shape[1:] == (size, size)), SAMPLE))
     return torch.stack(large) if large else torch.empty(0, 3, size, size, dtype=torch.uint8)

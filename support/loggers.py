@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 
 from config import UserError
-from support import files
+from support import files, pictures
 
 COLUMNS = (
     *("epoch", "step", "train_loss", "test_loss", "lr", "images_per_second", "seconds"),
@@ -50,7 +50,7 @@ class TensorBoard:
         self.writer.flush()
 
     def figure(self, path, step):
-        self.writer.add_image("comparison", read_figure(path), step)
+        self.writer.add_image("comparison", pictures.read(path), step, dataformats="HWC")
         self.writer.flush()
 
 
@@ -74,12 +74,8 @@ class WandB:
 LOGGERS = {"csv": CSV, "tensorboard": TensorBoard, "wandb": WandB}
 
 
-def open_all(names, out_dir, settings):
-    """The loggers of these names. settings: a dict of the run's. Raises UserError if one cannot start."""
-    return [start(name, out_dir, settings) for name in dict.fromkeys(names)]
-
-
 def start(name, out_dir, settings):
+    """The logger of this name. settings: a dict of the run's. Raises UserError if it cannot start."""
     try:
         return LOGGERS[name](out_dir, settings)
     except ImportError as error:
@@ -87,12 +83,3 @@ def start(name, out_dir, settings):
         raise UserError(f"--loggers {name} needs the package {package}; pip install {package}") from None
     except Exception as error:  # not logged in, no network: each package raises its own kinds
         raise UserError(f"--loggers {name} cannot start ({error}); leave it out to train without it") from None
-
-
-def read_figure(path):
-    """A picture file as uint8 (3, H, W)."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.array(image.convert("RGB")).transpose(2, 0, 1)

@@ -43,10 +43,10 @@ class Record:
 
     method: str  # "noisy", "clean", "network", "control", "blur", "BM3D", ...
     sigma: float  # the noise level, 0-255 scale
-    t: float  # the network's time step of that level
-    steps: int  # of the sampler; 0: there is none
-    sampler: str  # one of diffusion.SAMPLERS, or ""
     values: dict  # {quantity: (n,) tensor, a number for each image}
+    t: float = 0  # the network's time step of that level
+    steps: int = 0  # of the sampler; 0: there is none
+    sampler: str = ""  # one of diffusion.SAMPLERS, or ""
 
     @property
     def count(self):
@@ -173,7 +173,7 @@ def run(jobs, T, images):
                 found.append(measure(images[: job.count], sigma, denoiser))
                 bar.update(len(images[: job.count]))
             best = max(found, key=lambda values: values["psnr"].mean())
-            records.append(Record(job.method, GREY_LEVELS * sigma, job.t, job.steps, job.sampler, best))
+            records.append(Record(job.method, GREY_LEVELS * sigma, best, job.t, job.steps, job.sampler))
     return records
 
 
@@ -183,21 +183,21 @@ def blind(images, sigmas, estimators):
     for sigma, name in tqdm([*itertools.product(sigmas, estimators)], "sigma estimated", delay=2, leave=False):
         x_ts = (x0 + sigma / GREY_LEVELS * eps for x0, eps in batches(images))
         found = torch.cat([GREY_LEVELS * estimators[name](x_t).cpu().double() for x_t in x_ts])
-        records.append(Record(name, sigma, 0, 0, "", {"error": found - sigma}))
+        records.append(Record(name, sigma, {"error": found - sigma}))
     return records
 
 
 # ---- whole pictures ---------------------------------------------------------------------------------------------
 
 
-def pictures(pictures, sigmas, T, denoisers, place):
+def pictures(pictures, sigmas, denoisers, place):
     """Records of METRICS for whole pictures of any sizes, of which one at a time is in memory.
 
-    pictures: [(name, read)], read() -> uint8 (3, H, W). sigmas: 0-255 scale. denoisers: {method: (number of pictures
-    to give it, estimate)}. place: the device. As in the literature the noise is not rounded, nor x_t clipped.
+    pictures: functions read() -> uint8 (3, H, W). sigmas: 0-255 scale. denoisers: {method: (number of pictures to give
+    it, estimate)}. place: the device. As in the literature the noise is not rounded, nor x_t clipped.
     """
     parts = {key: [] for key in itertools.product(denoisers, sigmas)}
-    for i, (_, read) in enumerate(tqdm(pictures, "whole pictures", delay=2, leave=False)):
+    for i, read in enumerate(tqdm(pictures, "whole pictures", delay=2, leave=False)):
         x0 = data.scale(read()[None].to(place))
         eps = torch.randn(x0.shape, generator=streams.generator("cpu", 0, streams.HELD_OUT_NOISE, i)).to(place)
         for method, sigma in parts:
@@ -205,7 +205,4 @@ def pictures(pictures, sigmas, T, denoisers, place):
             if i < count:
                 x0_hat = estimate(x0 + sigma / GREY_LEVELS * eps, sigma / GREY_LEVELS).float()
                 parts[method, sigma].append({key: metric.measure(x0_hat, x0) for key, metric in METRICS.items()})
-    return [
-        Record(method, sigma, diffusion.t_of(sigma / GREY_LEVELS, T), 0, "", joined(found))
-        for (method, sigma), found in parts.items()
-    ]
+    return [Record(method, sigma, joined(found)) for (method, sigma), found in parts.items()]

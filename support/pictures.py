@@ -182,7 +182,7 @@ def standard(image, path):
     elif image.mode in ("CMYK", "LAB"):
         result = by_profile(image, path)
     elif image.mode in ("La", "RGBa"):  # premultiplied alpha
-        result = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        result = image.convert(image.mode.upper())
     else:
         return image
     result.info = image.info

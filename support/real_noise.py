@@ -32,12 +32,6 @@ def correlate(eps, random, share):
     return torch.where(chosen < share, correlated, eps)
 
 
-def draw_qualities(count, random, share):
-    """The JPEG quality of `count` images, an integer tensor: 70 to 100 for a `share` of them, else 0."""
-    quality = torch.randint(70, 101, (count,), generator=random)
-    return torch.where(torch.rand(count, generator=random) < share, quality, 0)
-
-
 def compress(x0, t, eps, qualities, T):
     """(t, eps) after the noisy images, in 8 bits, went through JPEG at these qualities (B,); 0: they stay as they are.
 
@@ -47,14 +41,15 @@ def compress(x0, t, eps, qualities, T):
     t, eps = t.to(torch.float32, copy=True), eps.clone()
     for i in qualities.nonzero().flatten().tolist():
         noisy = diffusion.add_noise(x0[i : i + 1], eps[i : i + 1], t[i : i + 1], T)[0]
-        noise = through_jpeg(noisy, int(qualities[i])) - x0[i]
+        pixels = through_jpeg(from_x(noisy, torch.uint8).cpu().numpy(), int(qualities[i]))
+        noise = to_x(torch.from_numpy(pixels)).to(x0.device) - x0[i]
         sigma = noise.square().mean().sqrt().clamp(ROUNDING, diffusion.sigma_of(T, T))
         t[i], eps[i] = diffusion.t_of(sigma, T), noise / sigma
     return t, eps
 
 
-def through_jpeg(x, quality):
-    """An image x (3, H, W) in [-1, 1] in 8 bits, compressed and read again; on the device of x."""
-    image, file = Image.fromarray(from_x(x, torch.uint8).cpu().permute(1, 2, 0).numpy()), io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return to_x(torch.from_numpy(np.array(Image.open(file)))).permute(2, 0, 1).to(x.device)
+def through_jpeg(pixels, quality, **options):
+    """A uint8 array (C, H, W), C = 1 or 3, compressed with Pillow's `options` and read again."""
+    file, image = io.BytesIO(), pixels.transpose(1, 2, 0)
+    Image.fromarray(image if len(pixels) == 3 else image[..., 0]).save(file, "JPEG", quality=quality, **options)
+    return np.atleast_3d(np.array(Image.open(file))).transpose(2, 0, 1)

@@ -1,7 +1,7 @@
 """A training run outside its arithmetic: its folder, resuming, checkpoints, the log, the progress bar, figures.
 
 cfg, saved, folder = begin(cfg, SETTINGS)
-run = Run(cfg, world, model, optimizer, ...)
+run = Run(cfg, world, model, optimizer, images, folder, signals)
 for x0 in run.epoch(x_train):              # from where the run stands
     ...; run.after_step(loss)
 run.after_epoch(test_loss, shares)
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ import config
 import data
 import unet
 from config import UserError
-from support import channels, checkpoint, device, entries, figures, loggers
+from support import checkpoint, device, entries, figures, loggers
 
 SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
 # A resumed run takes the settings that were not typed from its checkpoint, except these, which belong to one start.
@@ -97,8 +98,16 @@ def settings_of(saved, cfg, settings):
     return dataclasses.replace(cfg, **{name: value for name, value in values.items() if name not in typed})
 
 
+class Images(NamedTuple):
+    """The images of a run, uint8, on its device."""
+
+    train: Any  # see data.load
+    test: torch.Tensor
+    about: dict  # "source", "test_source" and "fingerprint", which the checkpoint stores
+
+
 def load_images(cfg, world):
-    """x_train, x_test (uint8, on the device) and what is known of them, which the checkpoint stores."""
+    """The Images of a run, the same on every rank. Raises UserError."""
     with world.first_of_machine():
         x_train, source = data.load("train", cfg)
         x_test, test_source = data.load("test", cfg)
@@ -111,22 +120,19 @@ def load_images(cfg, world):
             f"process {world.rank} finds other images or another checkpoint than process 0; "
             "every machine needs the same --data-dir and --out-dir"
         )
-    return x_train.to(world.device), x_test.to(world.device), about
+    return Images(x_train.to(world.device), x_test.to(world.device), about)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
 class Run:
-    """Where a training stands, and what happens after its steps and epochs.
+    """Where a training stands, and what happens after its steps and epochs."""
 
-    about: of the images, a dict with "source", "test_source", "fingerprint". lr_at(step): the learning rate.
-    """
-
-    def __init__(self, cfg, world, model, optimizer, about, x_test, steps_per_epoch, lr_at, folder, signals):
+    def __init__(self, cfg, world, model, optimizer, images, folder, signals):
         self.cfg, self.world, self.model, self.optimizer = cfg, world, model, optimizer
-        self.about, self.x_test, self.steps_per_epoch, self.lr_at = about, x_test, steps_per_epoch, lr_at
-        self.folder, self.signals = folder, signals
+        self.images, self.folder, self.signals = images, folder, signals
+        self.steps_per_epoch = len(images.train) // cfg.batch_size
         self.step = 0
         self.log = []  # one row per epoch
         self.seconds = 0.0  # of the epoch under way
@@ -134,15 +140,17 @@ class Run:
         self.unsaved = None  # what was wrong with the last save
         settings = dataclasses.asdict(cfg)
         self.settings = {name: value for name, value in settings.items() if name not in PER_START | {"given"}}
-        self.loggers = loggers.open_all(cfg.loggers, cfg.out_dir, self.settings) if world.main else []
+        names = dict.fromkeys(cfg.loggers) if world.main else ()
+        self.loggers = [loggers.start(name, cfg.out_dir, self.settings) for name in names]
 
     def resume(self, saved):
         """Go to where the checkpoint stands. Raises CheckpointError if it saw other images."""
         cfg, world = self.cfg, self.world
-        if saved["data"]["fingerprint"] != self.about["fingerprint"]:
+        about = self.images.about
+        if saved["data"]["fingerprint"] != about["fingerprint"]:
             raise checkpoint.CheckpointError(
                 f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these "
-                f"({self.about['source']}); give the same --dataset and --data-dir, or start anew in another --out-dir"
+                f"({about['source']}); give the same --dataset and --data-dir, or start anew in another --out-dir"
             )
         if not 0 <= saved["step"] - len(saved["log"]) * self.steps_per_epoch <= self.steps_per_epoch:
             raise checkpoint.CheckpointError(f"{cfg.resume} contradicts itself: its step is not in its epoch")
@@ -154,8 +162,6 @@ class Run:
         checkpoint.load_weights(self.model, saved, cfg.resume)
         checkpoint.load_optimizer(self.optimizer, saved, cfg.resume)
         self.step, self.log, self.seconds = saved["step"], saved["log"], saved["seconds"]
-        for group in self.optimizer.param_groups:  # as after the last update: a save may come before the next
-            group["lr"] = self.lr
         sums = saved["loss_sums"].to(world.device)
         world.say(f"resumed: {cfg.resume}, {self.step:,} steps and {len(self.log)} of {cfg.epochs} epochs done")
         if len(sums) == world.size:
@@ -177,7 +183,7 @@ class Run:
     @property
     def lr(self):
         """The learning rate of the last update."""
-        return self.lr_at(self.step - 1)
+        return self.optimizer.param_groups[0]["lr"]
 
     def epoch(self, images):
         """What is left of the epoch under way, batch by batch, with a progress bar."""
@@ -213,7 +219,7 @@ class Run:
     def after_epoch(self, test_loss, shares):
         """A row of the log, a checkpoint, a line, a figure. shares: see channels.in_use."""
         total = self.world.sum(self.loss_sum.clone()) / self.world.size
-        share, block = channels.worst(shares) if shares else (math.nan, "")
+        block = min(shares, key=shares.get, default="")  # that with the smallest share
         self.log.append(
             dict(
                 epoch=len(self.log),
@@ -223,7 +229,7 @@ class Run:
                 lr=self.lr,
                 images_per_second=round(self.speed(self.steps_per_epoch), 1),
                 seconds=round(self.seconds_before() + time.monotonic() - self.started, 1),
-                channels_in_use=round(share, 3),
+                channels_in_use=round(shares.get(block, math.nan), 3),
                 of_block=block,
             )
         )
@@ -246,7 +252,7 @@ class Run:
         if cfg.sample_every_epochs and (row["epoch"] + 1) % cfg.sample_every_epochs == 0:
             path = Path(cfg.out_dir) / "res" / f"comparison_result_unet32_e{row['epoch']}.png"
             try:
-                figures.comparison_grid(self.model, self.x_test, cfg.noise_steps, path)
+                figures.comparison_grid(self.model, self.images.test, cfg.noise_steps, path)
             except (OSError, UserError) as error:
                 self.world.warn(f"{path} could not be saved ({error}); training goes on")
                 return
@@ -283,7 +289,7 @@ class Run:
             epoch=epoch,
             step=self.step,
             config=self.settings,
-            data=self.about,
+            data=self.images.about,
             log=self.log,
             loss_sums=sums.cpu(),
             seconds=self.seconds,

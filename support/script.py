@@ -57,8 +57,7 @@ def run(main):
         fail(explain(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        leave(130)
-    leave(0)
+        sys.exit(130)
 
 
 def set_up_libraries():
@@ -71,7 +70,7 @@ def set_up_libraries():
 
 def fail(reason):
     print(f"error: {' '.join(str(reason).split())[:1000]}", file=sys.stderr)
-    leave(1)
+    sys.exit(1)
 
 
 def explain(error):
@@ -84,12 +83,11 @@ def explain(error):
     raise error
 
 
-def leave(code):
-    """Flush both streams, and end the script unless the code is 0."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    if code:
-        sys.exit(code)
+def figure_path(out_dir, name):
+    """out_dir/res/name, its folder made. Raises UserError or OSError before the work, not after it."""
+    folder = Path(out_dir) / "res"
+    make_folder(folder)
+    return folder / name
 
 
 def make_folder(folder):

@@ -31,10 +31,10 @@ class Stopped(Exception):
 class World(NamedTuple):
     """One process of those that train together; alone, a world of size 1. Rank 0 prints and saves."""
 
-    rank: int
-    size: int
-    local_rank: int  # on its machine
     device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on its machine
 
     @property
     def main(self):
@@ -143,7 +143,7 @@ def join(device, batch_size):
         except (ValueError, RuntimeError) as error:  # MASTER_ADDR or MASTER_PORT missing, no number, or in use
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the processes cannot connect ({reason}); use torchrun, on a free port") from None
-    return World(rank, size, local_rank, device)
+    return World(device, rank, size, local_rank)
 
 
 def ranks_of_environment():

@@ -21,7 +21,7 @@ from benchmarks import real_noise, reference, speed, time_to_loss, timed
 from support import checkpoint
 from support.world import World
 
-CPU = World(0, 1, 0, torch.device("cpu"))
+CPU = World(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_training_by_the_clock_is_that_of_train(run, settings, optimizer):
     seen = list(timed_run.epoch(x_train))
     expected = [*data.batches(x_train, cfg, 0), *data.batches(x_train, cfg, 1)][:6]
     assert all(map(torch.equal, seen, expected)) and len(seen) == 6
-    assert timed_run.lr_at(3) == pytest.approx(cfg.lr / 2)
+    assert train.lr_at(3, cfg, timed_run.steps_per_epoch) == pytest.approx(cfg.lr / 2)
 
 
 def test_the_textbook_curve_ends_with_the_training(settings, monkeypatch):

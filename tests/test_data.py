@@ -402,14 +402,13 @@ def test_whole_pictures(tmp_path, capsys):
     make_folder(tmp_path / "train", 2, 32, 32)
     made = make_folder(tmp_path / "test", 3, 40, 50)
     read = data.whole_pictures("test", settings(data_dir=tmp_path))
-    assert [name for name, _ in read] == list(made)
-    for (_, image), pixels in zip(read, made.values(), strict=True):
+    for image, pixels in zip(read, made.values(), strict=True):
         np.testing.assert_array_equal(image().numpy(), pixels.transpose(2, 0, 1))
     assert len(data.whole_pictures("test", settings(data_dir=tmp_path, limit=2))) == 2
     whole = (tmp_path / "test" / "0.png").read_bytes()
     (tmp_path / "test" / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is sound
     read = data.whole_pictures("test", settings(data_dir=tmp_path, skip_bad_images=True))
-    assert [name for name, _ in read] == list(made)
+    assert len(read) == len(made)
     assert "1 of 4 pictures cannot be read and are left out" in capsys.readouterr().err
     with pytest.raises(config.UserError, match="has no whole pictures; use --dataset folder"):
         data.whole_pictures("test", settings("leaves", tmp_path))

@@ -96,8 +96,7 @@ def test_the_mean_loss_is_that_of_training():
     model = unet.UNet(widths=(4, 4, 4), t_dim=4).eval()
     cfg = config.defaults(train.SETTINGS, precision="float32", device="cpu")
     place = world.join("cpu", 1)
-    with world.Signals(place) as signals:
-        expected = held_out.held_out_loss(cfg, place, model, images, signals)
+    expected = held_out.held_out_loss(cfg, place, model, images)
     model.eval()
     jobs = [measure.Job("clean", 9, [None])]
     jobs += [measure.Job("network", t, [measure.network(model, 10)], 1, "euler") for t in range(1, 10)]
@@ -490,7 +489,7 @@ def test_crops_of_photographs_are_measured_if_asked(untrained, run_script, photo
 
 def test_published_rows_stand_beside_cbsd68_alone():
     records = [
-        Record(method, sigma, 0, 0, "", {key: torch.full((68,), 30.0) for key in metrics.METRICS})
+        Record(method, sigma, {key: torch.full((68,), 30.0) for key in metrics.METRICS})
         for method in ("noisy", "network")
         for sigma in evaluate.WHOLE_LEVELS
     ]
@@ -507,9 +506,9 @@ def test_published_rows_stand_beside_cbsd68_alone():
     [(68, (481, 321), True), (68, (321, 481), True), (67, (481, 321), False), (68, (480, 320), False)],
 )
 def test_cbsd68_is_told_by_number_and_size(count, size, published, monkeypatch):
-    pictures = [(f"{i}.png", lambda: torch.zeros(3, *size, dtype=torch.uint8)) for i in range(count)]
+    pictures = [lambda: torch.zeros(3, *size, dtype=torch.uint8)] * count
     seen = []
-    record = Record("noisy", 0, 0, 0, "", {key: torch.zeros(count) for key in metrics.METRICS})
+    record = Record("noisy", 0, {key: torch.zeros(count) for key in metrics.METRICS})
     monkeypatch.setattr(measure, "pictures", lambda *args: [record])
     monkeypatch.setattr(tables, "pictures", lambda records, key, published: seen.append(published))
     cfg = config.defaults(evaluate.SETTINGS, baselines=0)

@@ -143,7 +143,7 @@ def test_a_second_ctrl_c_leaves_at_once_with_nothing_half_written(start, tmp_pat
 
 def test_only_the_first_ctrl_c_is_caught():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with Signals(World(0, 1, 0, torch.device("cpu"))) as signals:
+    with Signals(World(torch.device("cpu"))) as signals:
         signals.note(signal.SIGTERM, None)
         assert signals.came == signal.SIGTERM and signal.getsignal(signal.SIGINT) == signals.note
         signals.note(signal.SIGINT, None)
@@ -153,7 +153,7 @@ def test_only_the_first_ctrl_c_is_caught():
 
 def test_what_nohup_ignores_stays_ignored(not_ignored):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Signals(World(0, 1, 0, torch.device("cpu"))) as signals:
+    with Signals(World(torch.device("cpu"))) as signals:
         signal.raise_signal(signal.SIGHUP)
         assert not signals.came and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 

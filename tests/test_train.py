@@ -22,7 +22,7 @@ import train
 import unet
 from support import checkpoint, held_out, loggers, streams
 from support import run as runs
-from support.world import Signals, World
+from support.world import World
 
 # ---- the recipe -------------------------------------------------------------------------------------------------
 
@@ -122,11 +122,11 @@ def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
             return 0.5 * (x + 1) / (t / 10).view(-1, 1, 1, 1)
 
     seen = []
-    world, cfg = World(0, 1, 0, torch.device("cpu")), config.defaults(train.SETTINGS, precision="float32")
-    loss = held_out.held_out_loss(cfg, world, Half(), images, Signals(world))
+    world, cfg = World(torch.device("cpu")), config.defaults(train.SETTINGS, precision="float32")
+    loss = held_out.held_out_loss(cfg, world, Half(), images)
     assert loss == pytest.approx(0.25, rel=0.01)  # half of each eps is missing
     assert torch.bincount(torch.cat(seen)).tolist() == [0] + [100] * 9
-    assert loss == held_out.held_out_loss(cfg, world, Half(), images, Signals(world))
+    assert loss == held_out.held_out_loss(cfg, world, Half(), images)
 
 
 # ---- what a run leaves ------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_gradients_do_not_add_up_while_compiling():
     held = []  # at the moment of each call
     cfg = config.defaults(train.SETTINGS, batch_size=2, precision="float32")
     model.final.register_full_backward_pre_hook(lambda *_: held.append([p.grad for p in model.parameters()]))
-    World(0, 1, 0, torch.device("cpu")).try_compiled(model, cfg)
+    World(torch.device("cpu")).try_compiled(model, cfg)
     assert len(held) == 3 and all(grad is None for grads in held for grad in grads)
     assert all(p.grad is None for p in model.parameters())
 
