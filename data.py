@@ -24,7 +24,7 @@ TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
     "dataset": Setting("auto", ("auto", *DATASETS), "auto: cifar10 if it is there or can be downloaded, else leaves"),
     "data_dir": Setting("data", file_name, "folder the images are in, or are downloaded or cached to"),
-    "limit": Setting(None, whole(), "use at most this many images of each split, with fresh_crops pictures; None: all"),
+    "limit": Setting(None, whole(), "use at most this many images of each split (fresh_crops: pictures); None: all"),
 } | {key: setting for module in DATASETS.values() for key, setting in module.SETTINGS.items()}  # fmt: skip
 
 
@@ -60,7 +60,13 @@ def whole_pictures(split, cfg):
         raise UserError(f"--dataset {cfg.dataset} has no whole pictures; use --dataset folder")
 
     def reader(path):
-        return lambda: torch.from_numpy(read(path, cfg.max_pixels)).permute(2, 0, 1)
+        def read_it():
+            try:
+                return torch.from_numpy(read(path, cfg.max_pixels)).permute(2, 0, 1)
+            except DataError as error:
+                raise DataError(f"{error}, or add --skip-bad-images") from None
+
+        return read_it
 
     found = [reader(path) for _, path in DATASETS[cfg.dataset].files(split, cfg)]
     good = [read_it for read_it in found if not cfg.skip_bad_images or readable(read_it)]

@@ -33,7 +33,7 @@ SETTINGS = data.SETTINGS | device.SETTINGS | {
     "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if one is larger than the crops"),
     "subset":    Setting(100, whole(), "images for what takes many passes: several steps and the blind estimate"),
     "steps":     Setting(None, whole(1, 1000), "most steps to try; None: one for each unit of t, and at most 50"),
-    "baselines": Setting(None, whole(0), "images that the classical denoisers get; None: 100, or 0 whole pictures"),
+    "baselines": Setting(None, whole(0), "images that the classical denoisers get; None: 100, or 0 of whole pictures"),
     "json":      Setting(None, name_ending(".json"), "file to write the tables to as JSON; None: none"),
     "markdown":  Setting(None, name_ending(".md"), "file to write the tables to as Markdown; None: none"),
     "overwrite": Setting(False, bool, "replace these two files if they exist"),
@@ -142,7 +142,7 @@ def main():
     pictures = held_out_pictures(cfg)
     if pictures:
         source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
-        images = held_out.middles(pictures, cfg.crop_size)
+        images = measure.middles(pictures, cfg.crop_size, held_out.SAMPLE)
     else:
         images, source = data.load("test", cfg)
         # In an order in which the first few are a fair sample, of any folder.

@@ -6,7 +6,8 @@
     python train.py --dataset folder --data-dir pictures  your own images
     python train.py --preset reference                    the textbook recipe, to compare with
 
-Writes model/unet32_e{epoch}.pth (epochs counted from 0) and model/log.csv, one row per epoch.
+Writes model/unet32_e{epoch}.pth (epochs counted from 0) and model/log.csv, one row per epoch. Every run needs a folder
+of its own: --out-dir.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "noise_shares":        Setting((0.25, 0.1), real(0, 1), "mixed: share of correlated noise, share of JPEG", 2),
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),
-    "init":                Setting(None, config.file_name, "checkpoint whose weights to start from; None: random ones"),
+    "init":                Setting(None, config.file_name, "checkpoint whose weights to start from; none: random ones"),
     "optimizer":           Setting("muon", ("muon", "adamw"), "Muon for the matrices and AdamW for the rest; or AdamW"),
     "epochs":              Setting(6, whole(), "passes over the training images; the schedule spans them"),
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
@@ -134,8 +135,8 @@ def check_noise(cfg):
         raise UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
     if cfg.sigma_power and not cfg.sigma_range:
         raise UserError("--sigma-power is the density of the levels of --sigma-range; give that too")
-    if "continuous_t" in cfg.given and cfg.sigma_range:
-        raise UserError("--continuous-t is all levels and --sigma-range some of them; give one of the two")
+    if "continuous_t" in cfg.given and cfg.continuous_t and cfg.sigma_range:
+        raise UserError("the levels of --sigma-range are continuous already; leave --continuous-t out")
     if "noise_shares" in cfg.given and cfg.noise != "mixed":
         raise UserError("--noise-shares are those of --noise mixed; give that too")
 

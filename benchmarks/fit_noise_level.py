@@ -94,7 +94,7 @@ def example(picture, seed):
     process = processed(random)
     clean, noisy = process(clean), process(noisy)
     if random.random() < 0.45:
-        quality, chroma = int(random.integers(60, 99)), int(random.choice([0, 2, 2, 2]))  # 0: not at half resolution
+        quality, chroma = int(random.integers(60, 99)), int(random.choice([0, 2, 2, 2]))  # 2: at half resolution
         noisy = through_jpeg(noisy, quality, subsampling=chroma)
     features, _ = noise_level.statistics(noise_level.windows(noisy))
     return None if features is None else (features, true_sigma(clean, noisy))

@@ -1,12 +1,10 @@
 """What is measured on the held-out images after every epoch."""
 
-import itertools
-
 import torch
 
 import data
 import diffusion
-from support import channels, device, sheets
+from support import channels, device
 from support.run import progress_bar
 
 SAMPLE = 90  # images on which the channels in use are counted
@@ -46,10 +44,3 @@ def channels_in_use(cfg, model, images):
     x0, t, eps = held_out_batch(cfg, images[:SAMPLE], 0)
     t = 1 + torch.arange(len(t), device=t.device) * (cfg.noise_steps - 1) // len(t)
     return channels.in_use(model, diffusion.add_noise(x0, eps, t, cfg.noise_steps), t)
-
-
-def middles(pictures, size):
-    """The middles of the first SAMPLE pictures of data.whole_pictures that are so large, uint8 (N, 3, size, size)."""
-    crops = (sheets.middle(read(), size) for read in pictures)
-    large = list(itertools.islice((crop for crop in crops if crop.shape[1:] == (size, size)), SAMPLE))
-    return torch.stack(large) if large else torch.empty(0, 3, size, size, dtype=torch.uint8)

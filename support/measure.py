@@ -15,12 +15,12 @@ from tqdm import tqdm
 import data
 import diffusion
 from diffusion import GREY_LEVELS
-from support import device, figures, metrics, streams, tiles
+from support import device, figures, metrics, sheets, streams, tiles
 from support.metrics import METRICS
 from support.pictures import SIZE
 
 PIXELS = data.TEST_BATCH * SIZE**2  # that the network is given at once
-TILE = 608  # pixels, height and width of the largest part of a picture that it is given: all of one of CBSD68
+TILE = 608  # pixels, height and width of the largest part of a picture that it is given; one of CBSD68 fits
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
 MOST_LEVELS = 17  # integer noise levels, beside those of the literature
 STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far as they are fewer than the last
@@ -44,7 +44,7 @@ class Record:
     method: str  # "noisy", "clean", "network", "control", "blur", "BM3D", ...
     sigma: float  # the noise level, 0-255 scale
     values: dict  # {quantity: (n,) tensor, a number for each image}
-    t: float = 0  # the network's time step of that level
+    t: float = 0  # the network's time step of that level; 0 where the tables do not show it
     steps: int = 0  # of the sampler; 0: there is none
     sampler: str = ""  # one of diffusion.SAMPLERS, or ""
 
@@ -188,6 +188,13 @@ def blind(images, sigmas, estimators):
 
 
 # ---- whole pictures ---------------------------------------------------------------------------------------------
+
+
+def middles(pictures, size, count):
+    """The middles of the first `count` pictures that are so large, uint8 (N, 3, size, size)."""
+    crops = (sheets.middle(read(), size).clone() for read in pictures)
+    large = list(itertools.islice((crop for crop in crops if crop.shape[1:] == (size, size)), count))
+    return torch.stack(large) if large else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
 def pictures(pictures, sigmas, denoisers, place):

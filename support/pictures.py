@@ -95,7 +95,7 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
         with open_picture(path) as image:
             if image.width * image.height > max_pixels:
                 raise DataError(
-                    f"{path} is {image.width}x{image.height} pixels, more than --max-pixels {max_pixels}; raise it"
+                    f"{path} is {image.width}x{image.height} pixels, more than --max-pixels {max_pixels}; raise that"
                 )
             drop_text(image, path)
             if has_frames(image):

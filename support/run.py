@@ -172,7 +172,7 @@ class Run:
                 f"{world.size} processes go on where {len(sums)} stood: the same images and noise, but not bit for bit"
             )
         if cfg.precision == "bfloat16" and device.pick_precision("auto", world.device) == torch.float32:
-            world.warn("the run goes on in bfloat16, as it began, at which this device is slow")
+            world.warn("the run goes on in bfloat16, in which it began, although this device is slow at it")
         if cfg.epochs != saved["config"]["epochs"]:
             world.say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {saved['config']['epochs']}")
         if self.log:

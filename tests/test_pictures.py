@@ -201,7 +201,7 @@ def test_a_converted_image_has_no_profile_that_cannot_be_written_again(tmp_path)
 
 def test_pictures_of_more_than_max_pixels_are_not_decoded(tmp_path):
     Image.new("1", (3000, 1000)).save(tmp_path / "large.png")
-    with pytest.raises(DataError, match=r"3000x1000 pixels, more than --max-pixels 2000000; raise it"):
+    with pytest.raises(DataError, match=r"3000x1000 pixels, more than --max-pixels 2000000; raise that"):
         read(tmp_path / "large.png", max_pixels=2_000_000)
 
 
