@@ -17,6 +17,13 @@ from support import script as scripts
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Not one of several processes, whatever the environment says."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder with 16 training and 4 test images of 32x32: smooth random colours."""

@@ -9,7 +9,7 @@ from conftest import SMALL, states_equal
 import config
 import diffusion
 import train
-from support import channels, checkpoint
+from support import channels, checkpoint, held_out
 from unet import PlainUNet, UNet
 
 
@@ -104,3 +104,37 @@ def test_recycling_is_the_same_on_any_number_of_ranks():
         train.recycle(cfg, world, model, optimizer, x0[share], eps[share], t[share], run)
         results.append((model.state_dict(), optimizer.state_dict()["state"]))
     assert states_equal(results[0], results[1]) and states_equal(results[0], results[2])
+
+
+def test_when_channels_are_recycled_and_which_block_is_told(run, monkeypatch, capsys):
+    at = []
+    monkeypatch.setattr(train, "recycle", lambda *args: at.append(args[-1].step))
+    monkeypatch.setattr(train, "channels_in_use", lambda *_: {"enc1": 0.9, "dec1": 0.2, "dec2": 0.5})
+    run("--recycle", 2, "--epochs", 3, *SMALL)
+    assert at == [0, 4] and "20% of the channels of dec1 in use" in capsys.readouterr().out
+
+
+def test_channels_are_counted_at_all_noise_levels():
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x, t):
+            seen.append(t)
+            return x
+
+    images = torch.zeros(200, 3, 8, 8, dtype=torch.uint8)
+    held_out.channels_in_use(config.defaults(train.SETTINGS), Network(), images)
+    assert torch.bincount(seen[0]).tolist() == [0] + [10] * 9
+
+
+def test_a_recycled_channel_adds_a_tenth_of_the_shortcuts_spread_and_no_mean(batch):
+    model, random = network(), torch.Generator().manual_seed(1)
+    model.bottleneck.conv2.bias.data[:12] = -100.0
+    parts, optimizer = (model.bottleneck, model.bottleneck.shortcut), torch.optim.AdamW(model.parameters())
+    with torch.no_grad():
+        before, shortcut = (channels.outputs(model, parts, *batch)[part] for part in parts)
+        channels.recycle_block(model, model.bottleneck, optimizer, *batch, random)
+        added = (channels.outputs(model, parts, *batch)[model.bottleneck] - before)[:, :12]
+    assert added.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+    expected = 0.1 * shortcut[:, :12].std(dim=(0, 2, 3))
+    torch.testing.assert_close(added.std(dim=(0, 2, 3)), expected, rtol=1e-3, atol=0)

@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 import socket
+import stat
 import sys
 import zipfile
 from pathlib import Path
@@ -22,7 +23,7 @@ import data
 import train
 import unet
 from benchmarks import export
-from support import checkpoint, entries, muon
+from support import checkpoint, entries, files, muon
 from support.checkpoint import CheckpointError, DamagedError, NoCheckpointError
 
 CFG = config.defaults(unet.SETTINGS | data.SETTINGS, widths=(4, 4, 8), t_dim=8)
@@ -639,3 +640,31 @@ def test_making_moments_changes_no_bit_of_the_weights():
         for name, value in model.state_dict().items():
             assert torch.equal(value.view(torch.int32), before[name].view(torch.int32)), name
         assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+# ---- files written whole or not at all --------------------------------------------------------------------------
+
+
+def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def seen_fsync(fd):
+        status = os.fstat(fd)
+        events.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: events.append("rename") or replace(*names))
+    files.write_atomically(tmp_path / "a", lambda file: file.write(b"whole" * 10))
+    assert events == [50, "rename", "folder"]
+
+
+def test_without_hard_links_nothing_is_replaced_either(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    files.write_atomically(tmp_path / "a", lambda file: file.write(b"mine"), replace=False)
+    with pytest.raises(FileExistsError):
+        files.write_atomically(tmp_path / "a", lambda file: file.write(b"yours"), replace=False)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]

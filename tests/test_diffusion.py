@@ -108,12 +108,6 @@ def test_heuns_last_step_is_eulers():
         torch.testing.assert_close(out[:, 0, 0, 0], torch.tensor(expected))
 
 
-def test_a_sampler_is_added_by_one_line(noisy, monkeypatch):
-    _, _, t, x_t = noisy
-    monkeypatch.setitem(diffusion.SAMPLERS, "none", lambda model, x, ts, T: x)
-    assert torch.equal(diffusion.denoise_steps(optimal_eps, x_t, t, T, 3, "none"), x_t)
-
-
 def test_a_noise_schedule_is_two_functions(noisy, monkeypatch):
     """With sigma = (t / T)^2 noise, loss, denoising and the estimate of sigma follow."""
     monkeypatch.setattr(diffusion, "sigma_of", lambda t, T: (t / T) ** 2)
@@ -132,3 +126,11 @@ def test_a_noise_schedule_is_two_functions(noisy, monkeypatch):
     same = torch.full((900,), 7)
     x_t = diffusion.add_noise(x0, eps, same, T).reshape(1, 3, 120, 120)
     assert diffusion.estimate_sigma(optimal, x_t, T, 12).item() == pytest.approx(0.49, rel=0.05)
+
+
+def test_each_image_of_a_batch_has_its_own_level():
+    random = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(3, 3, 64, 64, generator=random) for _ in range(2))
+    x_t = MU + S * x0 + torch.tensor([0.2, 0.5, 0.8]).view(-1, 1, 1, 1) * eps
+    exact = ((x_t - MU).square().mean(dim=(1, 2, 3)) - S**2).sqrt()
+    torch.testing.assert_close(diffusion.estimate_sigma(optimal_eps, x_t, T), exact, rtol=0, atol=2e-3)

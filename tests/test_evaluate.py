@@ -216,7 +216,7 @@ def test_the_script_and_that_its_outputs_agree(untrained, blur_alone, run_script
     args = ("--control", "model/plain.pth", "--subset", 3, "--baselines", 2, "--json", "out/e.json")
     code, out, err = run_script(*args, "--markdown", "out/e.md")
     assert code == 0, err
-    markdown = (tmp_path / "out/e.md").read_text()
+    markdown = (tmp_path / "out/e.md").read_text(encoding="utf-8")
     assert markdown in out
     result = json.loads((tmp_path / "out/e.json").read_text())
     provenance = result["provenance"]
@@ -426,11 +426,12 @@ def photographs(tmp_path):
     return tmp_path / "photographs"
 
 
-def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photographs, tmp_path):
+def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photographs, tmp_path, monkeypatch):
     untrained()
     args = ("--dataset", "folder", "--data-dir", photographs, "--weights", "model/unet32_e0.pth")
-    baselines = 1 if importlib.util.find_spec("bm3d") else 0
-    code, out, err = run_script(*args, "--baselines", baselines, "--json", "e.json", "--control", "model/unet32_e0.pth")
+    quick = {"BM3D": [functools.partial(classical.blur, width=1.0)]}  # in its place, which takes long
+    monkeypatch.setattr(classical, "methods", lambda: quick)
+    code, out, err = run_script(*args, "--baselines", 1, "--json", "e.json", "--control", "model/unet32_e0.pth")
     assert code == 0, err
     assert f"data: 2 whole test pictures in {photographs}" in out
     assert "held-out loss" not in out and "published" not in out and "figure" not in out
@@ -461,10 +462,22 @@ def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photog
     assert clean["1"]["PSNR"]["mean"] == pytest.approx(np.mean(found[1]), abs=1e-2)
     assert clean["1"]["lowest PSNR"] == pytest.approx(min(found[1]), abs=1e-2)
     assert "estimated, as by denoise.py" in clean
-    if baselines:
-        assert [row["pictures"] for row in psnr["rows"]] == [2, 2, 2, 1, 1]
-        assert rows["network, on the same"]["sigma 25"]["mean"] == pytest.approx(found["network"][0], abs=1e-3)
+    assert [row["pictures"] for row in psnr["rows"]] == [2, 2, 2, 1, 1]
+    assert rows["network, on the same"]["sigma 25"]["mean"] == pytest.approx(found["network"][0], abs=1e-3)
     assert len(channels["rows"]) == 5
+
+
+def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
+    torch.manual_seed(0)
+    model = unet.UNet(widths=(4, 4, 4), t_dim=4).eval()
+    x, t = torch.randn(1, 3, 150, 131), torch.tensor([3.0])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 2
+        whole = measure.of_any_size(model, torch.float32)(x, t)
+        monkeypatch.setattr(measure, "TILE", 96)
+        tiled = measure.of_any_size(model, torch.float32)(x, t)
+    torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4 * whole.std().item())
 
 
 def test_pictures_smaller_than_the_crops_are_measured_whole(untrained, run_script, photographs, tmp_path):

@@ -1,8 +1,9 @@
 """Runs that are stopped, killed, out of disk or on damaged files: nothing is lost, nothing wrong is accepted."""
 
 import errno
+import itertools
+import math
 import os
-import pickle
 import random
 import re
 import resource
@@ -19,9 +20,9 @@ from conftest import ROOT, SMALL, states_equal
 
 import data
 from config import UserError
-from support import checkpoint, loggers
+from support import checkpoint, loggers, muon
 from support import run as runs
-from support.world import Signals, World
+from support.world import Signals, Stopped, World
 
 
 @pytest.fixture
@@ -129,16 +130,35 @@ def test_a_signal_saves_and_says_how_to_go_on(run, monkeypatch, capsys, not_igno
     assert checkpoint.load("model/unet32_e0_s3.pth")["step"] == 3
 
 
-def test_a_second_ctrl_c_leaves_at_once_with_nothing_half_written(start, tmp_path):
-    process = start("--epochs", 100_000, *SMALL, "--save-every-steps", 1)
-    wait_for(process, lambda: len(checkpoint.in_folder(tmp_path / "model")) > 1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
-    for path in checkpoint.in_folder(tmp_path / "model"):
-        checkpoint.load(path)
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    code = """
+import signal, torch
+from support.world import Signals, World
+with Signals(World(torch.device("cpu"))):
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+        print("noted", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "noted\n")
+
+
+def test_processes_stop_at_the_same_step(monkeypatch):
+    asked = []
+
+    def all_reduce(x, op):  # another rank has noted a SIGTERM
+        asked.append(int(x))
+        x.fill_(int(signal.SIGTERM))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    signals = Signals(World(torch.device("cpu"), rank=0, size=2))
+    signals.came = int(signal.SIGINT)
+    for step in range(1, 8):
+        signals.check(step)
+    assert not asked
+    with pytest.raises(Stopped) as stop:
+        signals.check(8)
+    assert asked == [signal.SIGINT] and stop.value.signum == signal.SIGTERM
 
 
 def test_only_the_first_ctrl_c_is_caught():
@@ -274,18 +294,21 @@ def test_two_runs_in_one_folder(run, start, tmp_path):
 # ---- files that are not what they seem --------------------------------------------------------------------------
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
+@pytest.mark.parametrize("spoilt", ["weight", "moment"])
+def test_what_is_not_finite_is_never_saved(run, monkeypatch, spoilt):
+    """The loss is still finite: it was computed before the update."""
+    step, count = muon.Muon.step, itertools.count(1)
 
+    def spoil(self):
+        step(self)
+        bias = self.param_groups[0]["params"][-1]
+        if next(count) == 2:
+            (bias.data if spoilt == "weight" else self.state[bias]["exp_avg"])[0] = math.nan
 
-def test_a_checkpoint_is_data_not_code(run):
-    torch.save({"model": {}, "config": {}, "payload": Malicious()}, "evil.pth")
-    Path("evil2.pth").write_bytes(pickle.dumps(Malicious()))
-    for name in ("evil.pth", "evil2.pth"):
-        with pytest.raises(checkpoint.CheckpointError, match="or holds code; use another one"):
-            run("--resume", name)
-    assert not Path("executed").exists()
+    monkeypatch.setattr(muon.Muon, "step", spoil)
+    with pytest.raises(UserError, match=r"not finite by step 2 .*nothing was saved"):
+        run("--epochs", 1, "--save-every-steps", 1, *SMALL)
+    assert [path.name for path in checkpoint.in_folder("model")] == ["unet32_e0_s1.pth"]
 
 
 def test_a_damaged_checkpoint_is_passed_over(run, capsys):

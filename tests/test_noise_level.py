@@ -148,3 +148,10 @@ def test_missing_weights_are_named(monkeypatch, tmp_path, picture):
     torch.save({"model": {}}, noise_level.WEIGHTS)
     with pytest.raises(CheckpointError, match=r"noise_level\.pth has other contents"):
         noise_level.estimate(picture)
+
+
+@pytest.mark.parametrize("size, factor", [(87, 2), (88, 1)])
+def test_below_88_pixels_the_likelihood_decides_up_to_twice_the_statistics(size, factor):
+    pixels = np.random.default_rng(0).integers(100, 140, (3, size, size)).astype(np.uint8)
+    loud = noise_level.estimate(pixels, lambda x, t: 10 * torch.ones_like(x), T)
+    assert loud.sigma == pytest.approx(factor * noise_level.estimate(pixels).sigma)

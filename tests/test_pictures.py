@@ -205,10 +205,12 @@ def test_pictures_of_more_than_max_pixels_are_not_decoded(tmp_path):
         read(tmp_path / "large.png", max_pixels=2_000_000)
 
 
-def test_a_file_that_is_no_regular_file_is_refused_at_once(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_a_file_that_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "s.png"))
+        server.bind("s.png")  # a longer path may be too long
         for name in ("pipe.png", "s.png"):
             with pytest.raises(DataError, match="not a regular file"):
                 read(tmp_path / name)

@@ -41,6 +41,8 @@ def looks_like_a_figure(path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_gives_every_default_and_a_mistake_one_line(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    monkeypatch.setenv("PYTHON_COLORS", "0")
     module = __import__(name[:-3])
     for args, code in ((["--help"], 0), ([*WORDS.get(name, ()), "--no-such-flag"], 2)):
         monkeypatch.setattr(sys, "argv", [name, *args])
@@ -50,9 +52,9 @@ def test_help_gives_every_default_and_a_mistake_one_line(name, monkeypatch, caps
         out, err = capsys.readouterr()
         if code == 0:
             flags = re.findall(r"^  (?:-\w .*, )?--([a-z0-9-]+)", out, re.MULTILINE)
-            required = sum(setting.default is config.REQUIRED for setting in module.SETTINGS.values())
             assert len(flags) >= 6 and len(flags) + 1 >= len(module.SETTINGS)
-            assert out.count("(default:") == len(module.SETTINGS) - required
+            optional = [setting for setting in module.SETTINGS.values() if setting.default is not config.REQUIRED]
+            assert all(f"{setting.help} (default: {setting.default})" in out for setting in optional)
             assert out.split("usage:")[1].find(f"python {name}") > 0  # the docstring's commands
         else:
             assert re.fullmatch(r"error: .*--no-such-flag.*\n", err)
@@ -113,6 +115,20 @@ def test_flags_go_before_presets_and_presets_before_defaults(capsys):
     assert capsys.readouterr().out == ""  # nothing differs
     with pytest.raises(AttributeError):
         cfg.size = 8
+
+
+def test_the_recipes_are_those_of_the_documents():
+    expected = {
+        "default": dict(optimizer="muon", lr=5e-4, batch_size=32, epochs=6, recycle=3, noise_steps=10, noise="white"),
+        "reference": dict(optimizer="adamw", lr=2e-4, batch_size=8, epochs=20, schedule="cosine", flip=False),
+        "photographs": dict(
+            **dict(dataset="folder", fresh_crops=True, crop_size=96, batch_size=4, augment=True, noise="mixed"),
+            **dict(noise_shares=(0.25, 0.1), sigma_range=(1, 75), sigma_power=0.75, init="model/unet32.pth"),
+        ),
+    }
+    for name, values in expected.items():
+        cfg = config.parse("", train.SETTINGS, train.PRESETS, ["--preset", name])
+        assert {key: getattr(cfg, key) for key in values} == values
 
 
 def test_the_word_none_undoes_what_a_preset_has_set():

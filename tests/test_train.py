@@ -1,11 +1,13 @@
 """Training: schedule and textbook recipe against PyTorch's own, exact resume, what is refused, several ranks."""
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import errno
 import os
 import shutil
+import sys
 import types
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import data
 import diffusion
 import train
 import unet
-from support import checkpoint, held_out, loggers, streams
+from support import checkpoint, device, held_out, loggers, streams
 from support import run as runs
 from support.world import World
 
@@ -80,21 +82,6 @@ def test_reference_preset_is_the_textbook_loop(run, pictures):
         assert difference < 0.02, name
 
 
-def test_noise_of_a_step():
-    cfg, shape = config.defaults(train.SETTINGS), (3600, 1, 4, 4)
-    t, eps = data.draw_noise(shape, cfg, "cpu", 7)
-    counts = torch.bincount(t, minlength=10)
-    assert counts[0] == 0 and len(counts) == 10 and (counts[1:] - 400).abs().max() < 100
-    assert eps.mean().abs() < 0.02 and (eps.std() - 1).abs() < 0.02
-    assert torch.equal(eps, data.draw_noise(shape, cfg, "cpu", 7)[1])
-    assert not torch.equal(eps, data.draw_noise(shape, cfg, "cpu", 8)[1])
-    spread, same = data.draw_noise(shape, dataclasses.replace(cfg, continuous_t=True), "cpu", 7)
-    assert torch.equal(same, eps) and torch.equal(spread.round(), t.float())
-    assert torch.histc(spread, 36, 0.5, 9.5).sub(100).abs().max() < 50  # 36 equal parts of the range
-    spread, _ = data.draw_noise(shape, dataclasses.replace(cfg, sigma_range=(12.75, 63.75)), "cpu", 7)
-    assert torch.histc(spread, 36, 1, 5).sub(100).abs().max() < 50
-
-
 def test_settings_reach_the_training(run, monkeypatch):
     seen, noise_loss = [], diffusion.noise_loss
 
@@ -129,6 +116,36 @@ def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
     assert loss == held_out.held_out_loss(cfg, world, Half(), images)
 
 
+def test_measuring_leaves_running_statistics_alone():
+    model, images = unet.PlainUNet(widths=(4, 4, 4)), torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    before, cfg = copy.deepcopy(model.state_dict()), config.defaults(train.SETTINGS, precision="float32")
+    held_out.held_out_loss(cfg, World(torch.device("cpu")), model, images)
+    held_out.channels_in_use(cfg, model, images)
+    assert model.training and states_equal(before, model.state_dict())
+
+
+def test_a_training_on_photographs_sees_jpegs_and_can_be_resumed(run, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for i in range(2):
+            Image.effect_noise((48, 40), 60).convert("RGB").save(tmp_path / "photos" / split / f"{i}.png")
+    seen, noise_loss = [], diffusion.noise_loss
+
+    def seen_loss(model, x0, eps, t, T):
+        if torch.is_grad_enabled():
+            seen.append(diffusion.add_noise(x0, eps, t, T))
+        return noise_loss(model, x0, eps, t, T)
+
+    monkeypatch.setattr(diffusion, "noise_loss", seen_loss)
+    data = ("--preset", "photographs", "--init", "none", "--data-dir", tmp_path / "photos", "--dataset", "folder")
+    crops = ("--crop-size", 32, "--crops-per-image", 4, "--noise-shares", 0, 1)
+    run(*data, *crops, "--epochs", 2, *TINY, "--device", "cpu")
+    grey = 127.5 * (torch.cat(seen) + 1)
+    assert len(grey) == 16 and (grey - grey.round()).abs().max() < 0.01  # what a JPEG file holds
+    run("--resume", "model/unet32_e0.pth", "--out-dir", "again", "--device", "cpu")
+    assert states_equal(*(checkpoint.load(f"{folder}/unet32_e1.pth") for folder in ("model", "again")))
+
+
 # ---- what a run leaves ------------------------------------------------------------------------------------------
 
 
@@ -155,9 +172,9 @@ def test_a_run_leaves_checkpoints_log_and_grids(run, capsys):
     assert diffusion.noise_loss(model, x, torch.randn_like(x), t, 10) < 2
 
 
-@pytest.mark.parametrize("model", ["unet", "plain"])
-def test_a_resumed_run_is_the_same_run(run, model):
-    run("--epochs", 3, "--model", model, *SMALL)
+@pytest.mark.parametrize("model, optimizer", [("unet", "muon"), ("plain", "adamw")])
+def test_a_resumed_run_is_the_same_run(run, model, optimizer):
+    run("--epochs", 3, "--model", model, "--optimizer", optimizer, *SMALL)
     shutil.copytree("model", "straight")
     for later in ("unet32_e1.pth", "unet32_e2.pth", "log.csv"):
         (Path("model") / later).unlink()
@@ -168,6 +185,24 @@ def test_a_resumed_run_is_the_same_run(run, model):
     run("--resume", "straight/unet32_e0.pth", "--out-dir", "elsewhere", "--device", "cpu")
     assert states_equal(checkpoint.load("straight/unet32_e2.pth"), checkpoint.load("elsewhere/unet32_e2.pth"))
     assert len(Path("elsewhere/log.csv").read_text().splitlines()) == 4
+
+
+def test_tensorboard_and_wandb_are_given_the_newest_row(monkeypatch, tmp_path):
+    calls = []
+
+    def note(*args, **named):
+        calls.append((args, named))
+
+    board, wandb = types.ModuleType("torch.utils.tensorboard"), types.ModuleType("wandb")
+    board.SummaryWriter = lambda folder: types.SimpleNamespace(add_scalar=note, flush=lambda: None)
+    wandb.Image, wandb.init = str, lambda **_: types.SimpleNamespace(log=note)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    rows = [dict.fromkeys(loggers.COLUMNS, value) for value in (1, 2)]
+    for name in ("tensorboard", "wandb"):
+        loggers.start(name, tmp_path, {}).log(rows)
+    scalars = dict.fromkeys(loggers.SCALARS, 2)
+    assert calls == [*(((name, 2, 2), {}) for name in scalars), ((scalars,), {"step": 2})]
 
 
 def test_a_finished_run_can_be_prolonged(run, capsys):
@@ -209,11 +244,49 @@ def test_a_checkpoint_of_other_settings_is_refused(run, flag, value, was):
 
 def test_a_checkpoint_of_other_images_is_refused(run, pictures, tmp_path):
     run("--epochs", 1, *SMALL)
-    shutil.copytree(pictures, tmp_path / "others")
-    run("--resume", "auto", "--data-dir", tmp_path / "others", "--epochs", 2)  # moved, but the same
-    Image.new("RGB", (32, 32)).save(tmp_path / "others" / "train" / "0.png")
-    with pytest.raises(checkpoint.CheckpointError, match="was trained on other images"):
-        run("--resume", "auto", "--data-dir", tmp_path / "others", "--epochs", 3)
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    run("--resume", "auto", "--data-dir", moved, "--epochs", 2)
+    for split in ("train", "test"):
+        others = shutil.copytree(pictures, tmp_path / f"other {split}")
+        Image.new("RGB", (32, 32)).save(others / split / "0.png")
+        with pytest.raises(checkpoint.CheckpointError, match="was trained on other images"):
+            run("--resume", "auto", "--data-dir", others, "--epochs", 3)
+
+
+def test_only_what_makes_no_other_run_may_change():
+    free = {
+        *("device", "compile", "out_dir", "resume", "overwrite", "loggers", "data_dir", "init", "epochs"),
+        *("save_model_epochs", "sample_every_epochs", "save_every_steps"),
+    }
+    saved = {"config": {name: setting.default for name, setting in train.SETTINGS.items()} | {"seed": 7}}
+    for name in train.SETTINGS:
+        cfg = config.defaults(train.SETTINGS, resume="r.pth")
+        cfg = dataclasses.replace(cfg, **{name: "typed"}, given=frozenset({name}))
+        if name in free:
+            found = runs.settings_of(saved, cfg, train.SETTINGS)
+            assert getattr(found, name) == "typed" and found.seed == 7
+        else:
+            with pytest.raises(checkpoint.CheckpointError, match=f"trained with --{name.replace('_', '-')} "):
+                runs.settings_of(saved, cfg, train.SETTINGS)
+
+
+def test_a_run_keeps_the_precision_in_which_it_began(run, monkeypatch, capsys):
+    forward, seen = unet.UNet.forward, set()
+
+    def seen_forward(self, x, t):
+        eps_hat = forward(self, x, t)
+        if torch.is_grad_enabled():
+            seen.add(eps_hat.dtype)
+        return eps_hat
+
+    monkeypatch.setattr(unet.UNet, "forward", seen_forward)
+    monkeypatch.setattr(device, "bfloat16_is_fast", lambda: False)
+    run("--epochs", 1, "--precision", "bfloat16", *SMALL)
+    run("--resume", "auto", "--epochs", 2, "--device", "cpu")
+    assert seen == {torch.bfloat16} and "goes on in bfloat16" in capsys.readouterr().err
+    assert checkpoint.load("model/unet32_e1.pth")["model"]["final.weight"].dtype == torch.float32
+    with pytest.raises(checkpoint.CheckpointError, match="with --precision bfloat16, not float32"):
+        run("--resume", "auto", "--epochs", 3, "--precision", "float32")
 
 
 @pytest.mark.parametrize("of_process_0", [("model/unet32_e0.pth", "same"), (None, "other")])

@@ -141,15 +141,16 @@ def test_a_network_is_built_from_what_describes_it(model):
     assert unet.build(**description).final.weight.shape == (3, 4, 1, 1)
 
 
-def test_a_network_is_added_by_one_line(monkeypatch):
-    class Half(torch.nn.Module):
-        def __init__(self, t_dim=3):
-            super().__init__()
-            self.t_dim = t_dim
+def test_t_is_not_rounded_under_autocast():
+    model, seen = UNet(widths=(4, 4, 8), t_dim=8, noise_steps=1000), []
+    model.time_mlp.register_forward_hook(lambda _, __, out: seen.append(out))
+    x, t = torch.zeros(2, 3, 8, 8), torch.tensor([897, 898])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x, t)
+    model(x, t)
+    assert seen[0].dtype == torch.float32 and torch.equal(*seen)
 
-    monkeypatch.setitem(unet.NETWORKS, "half", Half)
-    cfg = config.defaults(unet.SETTINGS, model="half", t_dim=7)
-    assert unet.describe(cfg) == {"name": "half", "t_dim": 7}
-    assert unet.build(**unet.describe(cfg)).t_dim == 7
+
+def test_an_unknown_network_is_refused():
     with pytest.raises(ValueError, match="no network 'hlaf'"):
         unet.build("hlaf")
