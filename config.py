@@ -105,7 +105,7 @@ def parse(doc, settings, presets=None, argv=None):
 
 def add_argument(parser, key, setting):
     if setting.default is REQUIRED and not setting.flag:
-        parser.add_argument(key, nargs=setting.count, metavar="IN", help=setting.help)
+        parser.add_argument(key, type=setting.kind, nargs=setting.count, metavar="IN", help=setting.help)
         return
     options = dict(default=argparse.SUPPRESS, help=f"{setting.help} (default: {setting.default})")
     if setting.default is REQUIRED:
@@ -141,7 +141,7 @@ def allows(setting, value):
     if setting.count:
         if not isinstance(value, list | tuple) or not fits(setting.count, len(value)):
             return False
-        return all(allows(setting._replace(count=None), item) for item in value)
+        return all(allows(setting._replace(count=None, default=REQUIRED), item) for item in value)
     if setting.kind is bool:
         return isinstance(value, bool)
     if isinstance(setting.kind, tuple):

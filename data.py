@@ -12,13 +12,12 @@ import sys
 import torch
 
 import diffusion
-from config import Setting, UserError, file_name, whole
-from support import real_noise
+from config import Setting, UserError, file_name, real, whole
+from support import real_noise, streams
 from support.crops import Crops
 from support.datasets import DATASETS, automatic
 from support.device import memory_format
 from support.pictures import DataError, read
-from support.streams import HELD_OUT_NOISE, JPEG, NOISE, ORDER, choice, generator
 
 TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
@@ -26,6 +25,13 @@ SETTINGS = {
     "data_dir": Setting("data", file_name, "folder the images are in, or are downloaded or cached to"),
     "limit": Setting(None, whole(), "use at most this many images of each split (fresh_crops: pictures); None: all"),
 } | {key: setting for module in DATASETS.values() for key, setting in module.SETTINGS.items()}  # fmt: skip
+NOISE = {
+    "continuous_t": Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
+    "sigma_range": Setting(None, real(0, 127), "lowest and highest sigma, 0-255; None: those of the steps", 2),
+    "sigma_power": Setting(0.0, real(0, 9), "density of the levels in sigma_range: sigma to this power"),
+    "noise": Setting("white", ("white", "mixed"), "mixed: some of it correlated, some through JPEG"),
+    "noise_shares": Setting((0.25, 0.1), real(0, 1), "mixed: share of correlated noise, share of JPEG", 2),
+}
 
 
 def load(split, cfg):
@@ -37,7 +43,7 @@ def load(split, cfg):
     images, source = DATASETS[cfg.dataset].load(split, cfg)
     if isinstance(images, list):
         images = Crops.of(images, cfg.crop_size, cfg.crops_per_image)
-    elif (chosen := choice(len(images), cfg.limit)) is not None:
+    elif (chosen := streams.choice(len(images), cfg.limit)) is not None:
         images = images[chosen]
     return images, f"{len(images):,} {split} images of {source}"
 
@@ -48,8 +54,11 @@ def resolve(cfg):
         cfg = dataclasses.replace(cfg, dataset=automatic(cfg.data_dir, typed="data_dir" in cfg.given))
     chosen = DATASETS[cfg.dataset]
     for other, module in DATASETS.items():
-        for stray in sorted(cfg.given & module.SETTINGS.keys() - chosen.SETTINGS.keys()):
+        unused = module.SETTINGS.keys() - chosen.SETTINGS.keys()
+        for stray in sorted(cfg.given & unused):
             raise UserError(f"--{stray.replace('_', '-')} is an option of --dataset {other}, not of {cfg.dataset}")
+        # What a preset has set for the other data set does not hold here.
+        cfg = dataclasses.replace(cfg, **{key: module.SETTINGS[key].default for key in unused})
     return chosen.resolve(cfg) if hasattr(chosen, "resolve") else cfg
 
 
@@ -109,7 +118,7 @@ def batches(images, cfg, epoch, rank=0, world=1, start=0):
     the r-th of `world` equal parts. An incomplete last batch is left out (every epoch shuffles anew). start: batches
     to skip. cfg.flip: mirror with probability 1/2; cfg.augment: one of all eight orientations instead.
     """
-    random = generator("cpu", cfg.seed, ORDER, epoch)
+    random = streams.generator("cpu", cfg.seed, streams.ORDER, epoch)
     order = torch.randperm(len(images), generator=random).to(images.device)
     turn = torch.zeros(len(images), dtype=torch.long)  # bit 0: mirror, bit 1: upside down, bit 2: swap the axes
     if cfg.augment:
@@ -140,22 +149,26 @@ def draw_noise(shape, cfg, device, step):
     sigma ** cfg.sigma_power, and t is real. Else cfg.continuous_t: each integer plus a uniform number from -1/2 to 1/2.
     cfg.noise "mixed": see real_noise.correlate.
     """
-    T, random = cfg.noise_steps, generator(device, cfg.seed, NOISE, step)
+    T, random = cfg.noise_steps, streams.generator(device, cfg.seed, streams.NOISE, step)
     t = torch.randint(1, T, shape[:1], generator=random, device=device)
     eps = torch.randn(shape, generator=random, device=device)
     if cfg.sigma_range:
-        low, high = (sigma / diffusion.GREY_LEVELS for sigma in cfg.sigma_range)
-        uniform, power = torch.rand(shape[:1], generator=random, device=device), 1 + cfg.sigma_power
-        sigma = (low**power + (high**power - low**power) * uniform) ** (1 / power)
-        t = diffusion.t_of(sigma, T)
+        t = level_in_range(torch.rand(shape[:1], generator=random, device=device), cfg)
     elif cfg.continuous_t:
         t = t + torch.rand(shape[:1], generator=random, device=device) - 0.5
     return t, real_noise.correlate(eps, random, cfg.noise_shares[0]) if cfg.noise == "mixed" else eps
 
 
+def level_in_range(share, cfg):
+    """The t below which a share, a tensor from 0 to 1, of the levels of cfg.sigma_range lies."""
+    low, high = (sigma / diffusion.GREY_LEVELS for sigma in cfg.sigma_range)
+    power = 1 + cfg.sigma_power
+    return diffusion.t_of((low**power + (high**power - low**power) * share) ** (1 / power), cfg.noise_steps)
+
+
 def draw_qualities(cfg, step):
     """The JPEG quality of each noisy image of a step if cfg.noise is "mixed", (B,): 70 to 100, or 0: not compressed."""
-    random = generator("cpu", cfg.seed, JPEG, step)
+    random = streams.generator("cpu", cfg.seed, streams.JPEG, step)
     qualities = torch.randint(70, 101, (cfg.batch_size,), generator=random)
     return torch.where(torch.rand(cfg.batch_size, generator=random) < cfg.noise_shares[1], qualities, 0)
 
@@ -165,5 +178,5 @@ def held_out_noise(images, start):
 
     An image's noise follows from its place alone, on every kind of device: it is drawn on the CPU, for a whole batch.
     """
-    random = generator("cpu", 0, HELD_OUT_NOISE, start)
+    random = streams.generator("cpu", 0, streams.HELD_OUT_NOISE, start)
     return torch.randn(TEST_BATCH, *images.shape[1:], generator=random)[: len(images)].to(images.device)

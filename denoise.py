@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import config
@@ -70,10 +69,11 @@ def denoise(image, sigma=None, strength=1, weights=None):
     """The image without its noise; type, shape, depth and scale are those of `image`.
 
     image: a Pillow image (mode L, LA, RGB, RGBA or I;16; 1 and P come back as L and RGB); a NumPy array (H, W),
-    (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a floating tensor (C, H, W) or (B, C, H, W) in
-    [-1, 1] with C = 1 or 3, each image of a batch by itself. Floating values are not clipped. sigma: the standard
-    deviation of the noise on the 0-255 scale; None: estimated. strength: a factor of it. weights: a checkpoint; None:
-    the best there are. Raises ValueError for other images and settings, CheckpointError.
+    (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a tensor (C, H, W) or (B, C, H, W) with C = 1 or 3,
+    uint8, uint16 or floating in [-1, 1], each image of a batch by itself. Floating values are not clipped. sigma: the
+    standard deviation of the noise on the 0-255 scale; None: estimated. strength: a factor of it. weights: a
+    checkpoint; None: the best there are. Raises ValueError for other images and settings, CheckpointError, and
+    UserError for a large image where the network must see it as a whole.
     """
     if not 0 < strength < math.inf or not (sigma is None or 0 < sigma < math.inf):
         raise ValueError("sigma and strength must be positive and finite")
@@ -105,9 +105,6 @@ def load_once(path, changed, device_name, precision):
     place = device.pick(device_name)
     model, trained = checkpoint.load_model(path, place)
     margin = tiles.margin_of(tiles.receptive_field(model))
-    for layer in model.modules():
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = True  # nothing needs the input again
     return Network(model, trained, path, place, device.pick_precision(precision, place), margin)
 
 
@@ -117,7 +114,7 @@ def load_once(path, changed, device_name, precision):
 class Result(NamedTuple):
     clean: torch.Tensor
     level: Level  # of the noise, given or estimated
-    gain: float  # of the noise as the network saw it, see diffusion.grey
+    gain: float  # times which the level is what the network was told, see diffusion.grey
 
 
 def run(network, noisy, sigma=None, strength=1, steps=1):
@@ -126,20 +123,22 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
     sigma: in units of the [-1, 1] scale; None: estimated. Beside copies of the pixels, the memory is bounded.
     """
     model, T, margin, size = network.model, network.trained.noise_steps, network.margin, TILE[network.precision]
+    knows_t = getattr(model, "knows_t", True)
     if margin == math.inf and noisy[0].numel() > WHOLE:
         raise UserError(f"{network.path} must see a picture as a whole, of at most {WHOLE:,} pixels; use other weights")
     gain, source = 1.0, noisy
     if all(torch.equal(plane, noisy[0]) for plane in noisy[1:]):  # grey, even where it is stored as colours
-        gain, source, model = math.sqrt(3), noisy[:1], diffusion.grey(model)
+        gain = 1.0 if network.trained.noise == "mixed" else math.sqrt(3)  # mixed: some of it equal in all channels
+        source, model = noisy[:1], diffusion.grey(model, T, gain)
+    level = Level(*[sigma] * 3) if sigma is not None else level_of(source, knows_t and model, T, network.device)
+    t = diffusion.t_of(torch.tensor([strength * level.sigma], device=network.device), T)
     model = tiles.tiled(model, size, margin)
-    level = level_of(source, network) if sigma is None else Level(sigma, sigma, sigma)
-    t = diffusion.t_of(torch.tensor([gain * strength * level.sigma], device=network.device), T)
 
     def denoise_part(part):
         x = tiles.pad(pixels.to_x(part.to(network.device))[None])
-        x_t = (gain * x).contiguous(memory_format=device.memory_format(network.device))
+        x_t = x.contiguous(memory_format=device.memory_format(network.device))
         x0_hat = diffusion.denoise_steps(model, x_t, t, T, steps)[0, :, : part.shape[1], : part.shape[2]]
-        return pixels.from_x(x0_hat / gain, part.dtype)
+        return pixels.from_x(x0_hat, part.dtype)
 
     clean = torch.empty_like(source)
     with torch.inference_mode(), device.autocast(network.device, network.precision):
@@ -148,11 +147,10 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
 
 
 @torch.inference_mode()
-def level_of(source, network):
-    """The estimated Level of the noise in pixels (C, H, W)."""
-    model = network.model if getattr(network.model, "knows_t", True) else None
+def level_of(source, model, T, place):
+    """The estimated Level of the noise in pixels (C, H, W). model: of such images, see noise_level.estimate."""
     array = (source if source.dtype in pixels.WHITE else source.float()).cpu().numpy()
-    return noise_level.estimate(array, model, network.trained.noise_steps, network.device)
+    return noise_level.estimate(array, model, T, place)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -195,16 +193,20 @@ def describe(level, given, strength):
 def doubt(noisy, result, network, strength):
     """A reason to look at the result, or None."""
     if pixels.rms_change(noisy, result.clean) < 1:
-        return "almost nothing was removed; try --sigma 15, 25 or 40"
+        remedy = "a larger --strength" if strength < 1 else "--sigma 15, 25 or 40"
+        return f"almost nothing was removed; try {remedy} if you see noise"
     trained, assumed = network.trained, strength * result.level.sigma
-    end = 0.5 if getattr(trained, "continuous_t", False) else 1
+    end = 0.5 if trained.continuous_t else 1
     ends = [GREY_LEVELS * diffusion.sigma_of(t, trained.noise_steps) for t in (end, trained.noise_steps - end)]
-    low, high = (level / result.gain for level in getattr(trained, "sigma_range", None) or ends)
+    low, high = (level / result.gain for level in trained.sigma_range or ends)
     if low / 2 <= GREY_LEVELS * assumed <= 1.1 * high:
         return None
+    other = "give another --sigma"
+    if network.path == checkpoint.PHOTO and GREY_LEVELS * assumed > high:
+        other = "use --weights model/unet32.pth, which knows stronger noise"
     return (
         f"sigma {in_grey_levels(assumed)} is assumed, but the network was trained on {low:.1f} to {high:.1f}"
-        f"{' (grey)' if result.gain > 1 else ''}; look at the result, or give another --sigma"
+        f"{' (grey)' if result.gain > 1 else ''}; look at the result, or {other}"
     )
 
 
@@ -230,9 +232,11 @@ def main():
             if len(pairs) == 1:
                 raise
             left_out += 1
-            tqdm.write(f"WARNING: left out: {source}: {' '.join(str(error).split()) or repr(error)}", sys.stderr)
+            reason = " ".join(str(error).split()) or repr(error)
+            tqdm.write(f"WARNING: left out: {'' if str(source) in reason else f'{source}: '}{reason}", sys.stderr)
     if left_out:
-        raise UserError(f"{left_out} of {len(pairs)} pictures were left out, see above; the others are written")
+        others = "; the others are written" if left_out < len(pairs) else ""
+        raise UserError(f"{left_out} of {len(pairs)} pictures were left out, see above{others}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Shapes: images (B, C, H, W) in [-1, 1]; t (B,), integer or float, 0 <= t <= T. N
 """
 
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,12 @@ GREY_LEVELS = 127.5  # of the 0-255 scale in a unit of [-1, 1]: the literature's
 
 
 def sigma_of(t, T):
-    """The noise level of step t of T: sigma = t / T."""
+    """The noise level of step t of T: sigma = t / T. t: a number or a tensor."""
     return t / T
 
 
 def t_of(sigma, T):
-    """The step, fractional in general, of a noise level: the inverse of sigma_of."""
+    """The step, fractional in general, of a noise level, a number or a tensor: the inverse of sigma_of."""
     return sigma * T
 
 
@@ -64,9 +63,11 @@ def denoise_steps(model, x_t, t, T, steps=None, sampler="euler"):
     t. sampler: one of SAMPLERS; with "euler", K = 1 is `denoise`. Returns x0_hat, shaped like x_t.
     """
     t = t.float()
-    stride = torch.ones_like(t) if steps is None else t / steps
-    count = int(t.max().ceil()) if steps is None else steps
-    return SAMPLERS[sampler](model, x_t, [(t - k * stride).clamp(min=0) for k in range(count + 1)], T)
+    if steps is None:
+        ts = [(t - k).clamp(min=0) for k in range(int(t.max().ceil()) + 1)]
+    else:  # so that the last is 0 exactly: next to 0 the model, which heun would call, knows nothing
+        ts = [t * (1 - k / steps) for k in range(steps + 1)]
+    return SAMPLERS[sampler](model, x_t, ts, T)
 
 
 def euler(model, x, ts, T):
@@ -121,10 +122,11 @@ def estimate_sigma(model, x_t, T, iterations=9):
     return sigma_of((low + high) / 2, T)
 
 
-def grey(model):
-    """A model of colour images as a model of grey ones, given as y = sqrt(3) x, (B, 1, H, W).
+def grey(model, T, gain):
+    """A model of colour images as a model of grey ones, (B, 1, H, W).
 
-    A grey image x is a colour image of three equal channels. They share their noise, which is then stronger than the
-    model expects: along (1, 1, 1) / sqrt(3), where y is the coordinate, its level is sqrt(3) sigma, elsewhere 0.
+    A grey image is a colour image of three equal channels, which share their noise. A model that was trained on such
+    noise too is told its level: gain 1. One that knows only independent noise needs gain sqrt(3): along (1, 1, 1) /
+    sqrt(3), the one direction in which there is noise, its level is sqrt(3) sigma.
     """
-    return lambda y, t: model((y / math.sqrt(3)).expand(-1, 3, -1, -1), t).sum(dim=1, keepdim=True) / math.sqrt(3)
+    return lambda x, t: gain * model(x.expand(-1, 3, -1, -1), t_of(gain * sigma_of(t, T), T)).mean(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """Measure a trained network on the test images, at every noise level, beside classical denoisers.
 
     python evaluate.py                                     the newest checkpoint of model/
-    python evaluate.py --control plain/unet32_e5.pth       ... beside a second network on the same noise
+    python evaluate.py --control plain/unet32_e9.pth       ... beside a second network on the same noise
     python evaluate.py --json e.json --markdown e.md       the same numbers as files
     python evaluate.py --dataset folder --data-dir photos  whole pictures, as the literature measures
     pip install -r requirements-bench.txt                  once: wavelets, non-local means and BM3D too
@@ -140,6 +140,8 @@ def main():
         control, trained_control = checkpoint.load_model(cfg.control, place)
         networks["control"] = control, trained_control.noise_steps
     pictures = held_out_pictures(cfg)
+    for stray in sorted(cfg.given & {"steps", "subset"}) if pictures else ():
+        raise UserError(f"whole pictures are denoised in one step; leave --{stray} out, or measure crops (--no-whole)")
     if pictures:
         source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
         images = measure.middles(pictures, cfg.crop_size, held_out.SAMPLE)

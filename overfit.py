@@ -47,6 +47,7 @@ def main():
     T, place = cfg.noise_steps, device.pick(cfg.device)
     if cfg.t >= T:
         raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")
+    network = unet.describe(cfg)
     path = script.figure_path(cfg.out_dir, "comparison_result_overfit.png")
     images, source = data.load("test", cfg)
     print(f"data: one of {source}")
@@ -54,7 +55,7 @@ def main():
     eps = torch.randn(x0.shape, generator=streams.generator("cpu", cfg.seed, streams.NOISE, 0)).to(place)
     t = torch.tensor([cfg.t], device=place)
     torch.manual_seed(cfg.seed)
-    model = unet.build(**unet.describe(cfg)).to(place, memory_format=device.memory_format(place))
+    model = unet.build(**network).to(place, memory_format=device.memory_format(place))
     loss = overfit(model, x0, eps, t, T, cfg.iterations, cfg.target, cfg.lr)
     x_t = diffusion.add_noise(x0, eps, t, T)
     images = {"original": x0, f"noisy, t = {cfg.t}": x_t, "denoised": diffusion.denoise(model, x_t, t, T).detach()}

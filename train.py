@@ -12,6 +12,7 @@ of its own: --out-dir.
 
 import dataclasses
 import math
+import os
 import shlex
 import sys
 
@@ -41,20 +42,14 @@ PRESETS = {
 
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
 RECYCLE = "how many of the first epochs begin with new kernels for channels not in use"
-SETTINGS = data.SETTINGS | unet.SETTINGS | {
-    # the noise
-    "continuous_t":        Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
-    "sigma_range":         Setting(None, real(0, 127), "lowest and highest sigma, 0-255; None: those of the steps", 2),
-    "sigma_power":         Setting(0.0, real(0, 9), "density of the levels in sigma_range: sigma to this power"),
-    "noise":               Setting("white", ("white", "mixed"), "mixed: some of it correlated, some through JPEG"),
-    "noise_shares":        Setting((0.25, 0.1), real(0, 1), "mixed: share of correlated noise, share of JPEG", 2),
+SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),
     "init":                Setting(None, config.file_name, "checkpoint whose weights to start from; none: random ones"),
     "optimizer":           Setting("muon", ("muon", "adamw"), "Muon for the matrices and AdamW for the rest; or AdamW"),
-    "epochs":              Setting(6, whole(), "passes over the training images; the schedule spans them"),
+    "epochs":              Setting(10, whole(), "passes over the training images; the schedule spans them"),
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
-    "lr":                  Setting(5e-4, real(0, 1e3), "peak learning rate"),
+    "lr":                  Setting(4e-4, real(0, 1e3), "peak learning rate"),
     "beta2":               Setting(0.95, real(0, 0.999999), "AdamW's decay of the squared gradient; beta1 is 0.9"),
     "recycle":             Setting(3, whole(0), RECYCLE),
     "weight_decay":        Setting(0.01, real(0), "decoupled weight decay"),
@@ -153,6 +148,8 @@ def main():
     torch.manual_seed(cfg.seed)
     model = unet.build(**unet.describe(cfg)).to(world.device, memory_format=device.memory_format(world.device))
     if cfg.init and not saved:
+        if not os.path.exists(cfg.init):
+            raise UserError(f"--init {cfg.init}: there is no such file here; name another, or --init none")
         checkpoint.load_weights(model, checkpoint.load(cfg.init), cfg.init, "use another one, or --init none")
     optimizer = make_optimizer(cfg, model)
     images = load_images(cfg, world)

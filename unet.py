@@ -13,7 +13,7 @@ import inspect
 import torch
 import torch.nn as nn
 
-from config import Setting, whole
+from config import Setting, UserError, whole
 
 
 class ResidualBlock(nn.Module):
@@ -151,8 +151,13 @@ SETTINGS = {
 
 
 def describe(cfg):
-    """What a checkpoint stores under "network": the name of the network of `cfg` and the settings that it takes."""
+    """What a checkpoint stores under "network": the name of the network of `cfg` and the settings that it takes.
+
+    Raises UserError if one that it does not take was typed.
+    """
     arguments = inspect.signature(NETWORKS[cfg.model]).parameters
+    for stray in sorted(cfg.given & SETTINGS.keys() - arguments.keys() - {"model", "noise_steps"}):
+        raise UserError(f"--{stray.replace('_', '-')} is not a setting of --model {cfg.model}; leave it out")
     return {"name": cfg.model} | {name: getattr(cfg, name) for name in SETTINGS if name in arguments}
 
 

@@ -1,7 +1,7 @@
 """Draw what a trained network does: comparison grids, strips of several denoising steps and loss curves.
 
     python visualize.py                                    the newest weights on test images
-    python visualize.py --weights model/unet32_e5.pth      others
+    python visualize.py --weights model/unet32_e9.pth      others
     python visualize.py --strip --t 7                      from noise level 7 in 1, 2, 3 and 7 steps
     python visualize.py --curves                           the loss curves of model/log.csv
 
@@ -50,6 +50,8 @@ def check_choice(cfg):
         raise UserError("--curves and --strip are two figures; draw one at a time")
     if cfg.curves and cfg.weights:
         raise UserError("--curves draws the log of a run; name its folder with --out-dir, not --weights")
+    for stray in sorted(cfg.given & (data.SETTINGS.keys() | {"images"})) if cfg.curves else ():
+        raise UserError(f"--curves draws the log of a run, without images; leave --{stray.replace('_', '-')} out")
     if "t" in cfg.given and not cfg.strip:
         raise UserError("--t is the noise level of the strip; give --strip too")
 

@@ -1,6 +1,6 @@
 """Make the weights that come with the repository from a checkpoint of train.py.
 
-    python -m benchmarks.export --weights model/muon/unet32_e5.pth -o model/new.pth
+    python -m benchmarks.export --weights model/muon/unet32_e9.pth -o model/new.pth
 
 Run from the root of the repository, on the machine that trained. Halves the size (float16), measures what that costs on
 the held-out images and refuses if it is 0.0002 or more. The file holds weights, network, config and provenance, no
@@ -11,7 +11,6 @@ import dataclasses
 import platform
 import shlex
 
-import torch
 import torchvision
 
 import config
@@ -62,7 +61,7 @@ def losses(state, path, cfg, images, where):
     """The held-out loss with the weights as they are and in float16: two numbers."""
     world, found = World(where), []
     for weights in (state["model"], halved(state["model"])):
-        model = unet.build(**checkpoint.network_of(state))
+        model = unet.build(**entries.network_of(state))
         checkpoint.load_weights(model, state | {"model": weights}, path)
         model.to(where, memory_format=device.memory_format(where))
         found.append(held_out_loss(cfg, world, model, images.to(where)))
@@ -113,5 +112,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        script.run(main)
+    script.run(main)

@@ -18,6 +18,7 @@ from support import device, metrics, pixels, script
 SETTINGS = data.SETTINGS | device.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
     "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.file_name, "checkpoints to compare", "+"),
+    "grey": Setting(False, bool, "make the pictures grey first: one channel, and no noise that is about colours"),
 }  # fmt: skip
 SIGMA = 20  # on the 0-255 scale
 
@@ -25,11 +26,13 @@ SIGMA = 20  # on the 0-255 scale
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     pictures = [read() for read in data.whole_pictures("test", cfg)]
+    if cfg.grey:
+        pictures = [picture.float().mean(dim=0, keepdim=True).round().byte() for picture in pictures]
     networks = [denoise.load(weights, cfg.device, cfg.precision) for weights in cfg.weights]
     print(f"PSNR in dB of {len(pictures)} pictures")
     print("| noise | noisy |" + "".join(f" {weights} |" for weights in cfg.weights))
     print("|---|---" + "|---" * len(networks) + "|")
-    for kind in KINDS:
+    for kind in [kind for kind in KINDS if not cfg.grey or kind not in ("chroma", "equal")]:
         values = []
         for seed, clean in enumerate(pictures):
             noisy = clean.new_tensor(degrade(kind, clean.numpy(), SIGMA, seed))

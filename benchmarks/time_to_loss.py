@@ -7,7 +7,7 @@ The textbook loop (benchmarks/reference.py) trains for --minutes. A contender is
 rate that falls to 0 over the time it is given, so each point of its curve is a training of its own; the shortest that
 reaches the reference's loss is searched for, to 10%. Only training counts as time, not start-up and not evaluation.
 peers.py must define CONTENDERS = {"name": (factory, settings)}: factory() returns a network, a torch.nn.Module called
-as model(x, t); settings are train.py's where they differ from its defaults, which are made for six epochs: the two
+as model(x, t); settings are train.py's where they differ from its defaults, which are made for ten epochs: the two
 contenders here have others (SHORT).
 
 Run from the root of the repository, on an otherwise idle machine. Writes model/res/time_to_loss.png and .json.
@@ -36,7 +36,7 @@ SETTINGS = reference.DATA | {
     "device": device.SETTINGS["device"],
     "out_dir": Setting("model", config.file_name, "folder for the figure and the numbers (in res/)"),
 }
-# A short training bears a higher rate than the default, which is made for six epochs.
+# A short training bears a higher rate than the default, which is made for ten epochs.
 SHORT = dict(batch_size=16, lr=2e-3, recycle=0)
 CONTENDERS = {
     "AdamW": (unet.UNet, SHORT | dict(optimizer="adamw")),

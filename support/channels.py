@@ -18,12 +18,13 @@ def is_open(h):
 
 @torch.no_grad()
 def in_use(model, x_t, t):
-    """{block: share of its channels in use}, where a block is a part of `model` that ends in a ReLU over an image.
+    """{block: share of its channels in use}, where a block is a part of `model` that has a ReLU over an image.
 
-    x_t: noisy images (B, C, H, W); t: their time steps (B,). Of a part with several ReLUs the last one counts, and a
+    x_t: noisy images (B, C, H, W); t: their time steps (B,). Of a block's ReLUs the last that is called counts, and a
     channel is in use if its output is positive in more than THRESHOLD of all places of all the images.
     """
-    relus = {part: name.partition(".")[0] for name, part in model.named_modules() if isinstance(part, torch.nn.ReLU)}
+    modules = model.named_modules()
+    relus = {part: name.rpartition(".")[0] or name for name, part in modules if isinstance(part, torch.nn.ReLU)}
     was_training = model.training
     model.eval()
     try:

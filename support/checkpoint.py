@@ -28,7 +28,6 @@ import unet
 from config import UserError
 from support import entries, files, memory
 from support.device import memory_format
-from support.entries import network_of
 
 try:
     import fcntl
@@ -156,7 +155,8 @@ def lock(folder):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    clean(folder)
+    files.clean(folder)
+    files.clean(folder / "res")
     return file
 
 
@@ -170,22 +170,10 @@ def open_lock(path):
     return open(number, "r+", errors="replace")
 
 
-def clean(folder):
-    """Delete the temporary files of killed processes, also under the names that earlier versions gave them."""
-    files.clean(folder)
-    files.clean(folder / "res")
-    leftovers = [*folder.glob(".log.csv.*.tmp"), *folder.glob("res/.*.png.*.tmp")]
-    # An earlier version that was killed while it replaced checkpoints may have left its only one under such a name.
-    leftovers += folder.glob(".unet32_e*.tmp") if in_folder(folder) else ()
-    for path in leftovers:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def load(path, needs=(), settings=unet.SETTINGS | data.SETTINGS):
+def load(path, needs=(), settings=unet.SETTINGS | data.SETTINGS | data.NOISE):
     """The dict that `save` wrote, its tensors contiguous, on the CPU.
 
     needs: the entries that must be there. settings: what the saved config is held to. Raises DamagedError if the file
@@ -197,17 +185,20 @@ def load(path, needs=(), settings=unet.SETTINGS | data.SETTINGS):
         saved = state.get("config") if isinstance(state, dict) else None
         if not isinstance(saved, dict) or not saved.keys() >= entries.REQUIRED:
             raise CheckpointError(f"{path} is not a checkpoint of this project; use another one")
-        if "checksum" not in state:
-            raise CheckpointError(
-                f"{path} has no checksum: another program or an old version saved it; use another one"
-            )
-        if state.pop("checksum") != checksum(state):
-            raise DamagedError(f"{path} is damaged: its checksum is wrong; use another one")
+        verify(path, state)
         missing = {"model", *needs} - state.keys()
         if missing:
             raise CheckpointError(f"{path} lacks what is needed here ({', '.join(sorted(missing))}); use another one")
         entries.check(state, unet.SETTINGS | settings)
         return copied(state)
+
+
+def verify(path, state):
+    """Take the checksum out of a dict that `read` returned, and hold the rest to it. Raises CheckpointError."""
+    if "checksum" not in state:
+        raise CheckpointError(f"{path} has no checksum: another program or an old version saved it; use another one")
+    if state.pop("checksum") != checksum(state):
+        raise DamagedError(f"{path} is damaged: its checksum is wrong; use another one")
 
 
 def load_newest(folder, needs=()):
@@ -229,18 +220,18 @@ def load_newest(folder, needs=()):
 def load_model(path, device):
     """(model, trained): the network, in evaluation mode on `device`, and its settings, a frozen cfg.
 
-    `trained` has all of unet.SETTINGS and data.SETTINGS, at their defaults where the file lacks them. Raises
-    CheckpointError.
+    `trained` has all of unet.SETTINGS, data.SETTINGS and data.NOISE, at their defaults where the file lacks them.
+    Raises CheckpointError.
     """
     with errors_naming(path):
         state = load(path)
         with torch.device("meta"):  # shapes alone, which take no memory until the file proves to have such weights
-            model = unet.build(**network_of(state))
+            model = unet.build(**entries.network_of(state))
         entries.check_weights(state["model"], model.state_dict())
         weights = {name: state["model"][name].to(like.dtype) for name, like in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)
         saved = {name: entries.as_tuple(value) for name, value in state["config"].items()}
-        trained = config.defaults(unet.SETTINGS | data.SETTINGS, **saved)
+        trained = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, **saved)
     return model.to(device, memory_format=memory_format(device)).eval(), trained
 
 

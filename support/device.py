@@ -35,7 +35,8 @@ def pick(name, local_rank=0, world=1):
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         if not auto or world > 1:
-            raise UserError(f"--device {name} cannot be used ({reason}); use another, or fewer processes") from None
+            remedy = "use another, or fewer processes" if world > 1 else "use another, such as --device cpu"
+            raise UserError(f"--device {name} cannot be used ({reason}); {remedy}") from None
         print(f"WARNING: {name} cannot be used ({reason}); using the CPU", file=sys.stderr)
         device = torch.device("cpu")
     return device

@@ -16,7 +16,7 @@ def write_atomically(path, write, replace=True):
 
     At any moment `path` is absent, the old file or the whole new one. replace=False: never over a file that is there,
     not even one that appeared meanwhile (on a file system without hard links, `path` is an empty file for an instant).
-    Raises FileExistsError, or another OSError.
+    Raises FileExistsError, or another OSError, which names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +30,10 @@ def write_atomically(path, write, replace=True):
             os.replace(temporary, path)
         else:
             put(temporary, path)
+    except OSError as error:
+        if not error.errno:  # Pillow's
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # which names no temporary file
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the new name too should reach the disk, where a folder can be synced

@@ -5,14 +5,16 @@ import torch
 import data
 import diffusion
 from support import channels, device
+from support.pictures import SIZE
 from support.run import progress_bar
 
 SAMPLE = 90  # images on which the channels in use are counted
+PIXELS = data.TEST_BATCH * SIZE**2  # that a network is given at once
 
 
 @torch.no_grad()
 def held_out_loss(cfg, world, model, images, check=lambda: None):
-    """The loss over uint8 `images`, on the same noise in every run: t is 1 ... T-1 in turn, see data.held_out_noise.
+    """The loss over uint8 `images`, on the same noise in every run, see data.held_out_noise; t: see `levels`.
 
     check(): called after each batch, to stop by raising.
     """
@@ -26,21 +28,37 @@ def held_out_loss(cfg, world, model, images, check=lambda: None):
             x0, t, eps = held_out_batch(cfg, images, i)
             with device.autocast(world.device, getattr(torch, cfg.precision)):
                 # .forward: uncompiled, as compiling for this batch is not worth it.
-                total += len(x0) * diffusion.noise_loss(model.forward, x0, eps, t, cfg.noise_steps)
+                total += len(x0) * diffusion.noise_loss(in_parts(model.forward), x0, eps, t, cfg.noise_steps)
         check()
     model.train()
     return float(world.sum(total)) / len(images)
 
 
+def in_parts(model):
+    """The same model(x, t), which calls `model` on a few images at a time where they are large."""
+
+    def eps_hat(x, t):
+        few = max(1, PIXELS // x[0, 0].numel())
+        return torch.cat([model(*part) for part in zip(x.split(few), t.split(few))])
+
+    return eps_hat
+
+
 def held_out_batch(cfg, images, start):
     """x0, t and eps of TEST_BATCH test images or fewer, of which the first is the start-th."""
     x0 = data.scale(images[start : start + data.TEST_BATCH])
-    t = 1 + torch.arange(start, start + len(x0), device=x0.device) % (cfg.noise_steps - 1)
+    t = levels(torch.arange(start, start + len(x0), device=x0.device) % (cfg.noise_steps - 1), cfg)
     return x0, t, data.held_out_noise(x0, start)
+
+
+def levels(k, cfg):
+    """t of T-1 levels in which the loss is measured, k from 0 to T-2: the integers, or as many out of cfg.sigma_range,
+    as often as in training."""
+    return data.level_in_range((k + 0.5) / (cfg.noise_steps - 1), cfg) if cfg.sigma_range else 1 + k
 
 
 def channels_in_use(cfg, model, images):
     """{block: share of its channels in use} on the first SAMPLE test images, at noise levels over the whole range."""
     x0, t, eps = held_out_batch(cfg, images[:SAMPLE], 0)
-    t = 1 + torch.arange(len(t), device=t.device) * (cfg.noise_steps - 1) // len(t)
+    t = levels(torch.arange(len(t), device=t.device) * (cfg.noise_steps - 1) // len(t), cfg)
     return channels.in_use(model, diffusion.add_noise(x0, eps, t, cfg.noise_steps), t)

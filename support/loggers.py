@@ -10,10 +10,6 @@ from pathlib import Path
 from config import UserError
 from support import files, pictures
 
-COLUMNS = (
-    *("epoch", "step", "train_loss", "test_loss", "lr", "images_per_second", "seconds"),
-    *("channels_in_use", "of_block"),
-)
 SCALARS = ("train_loss", "test_loss", "lr", "images_per_second", "channels_in_use")
 
 
@@ -26,7 +22,7 @@ class CSV:
     def log(self, rows):
         """Take all rows so far, the last of which is new: so that the file is that of one run, resumed or not."""
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore")
+        writer = csv.DictWriter(text, rows[-1], restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         files.write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))

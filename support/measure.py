@@ -16,10 +16,9 @@ import data
 import diffusion
 from diffusion import GREY_LEVELS
 from support import device, figures, metrics, sheets, streams, tiles
+from support.held_out import in_parts
 from support.metrics import METRICS
-from support.pictures import SIZE
 
-PIXELS = data.TEST_BATCH * SIZE**2  # that the network is given at once
 TILE = 608  # pixels, height and width of the largest part of a picture that it is given; one of CBSD68 fits
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
 MOST_LEVELS = 17  # integer noise levels, beside those of the literature
@@ -87,23 +86,21 @@ def noisy(x_t, sigma):
 
 
 def network(model, T, steps=1, sampler="euler"):
-    """The estimate of a model(x, t), see diffusion.denoise_steps; it is given large images a few at a time."""
+    """The estimate of a model(x, t), see diffusion.denoise_steps."""
 
     def estimate(x_t, sigma):
         t = torch.full((len(x_t),), diffusion.t_of(sigma, T), device=x_t.device)
-        few = max(1, PIXELS // x_t[0, 0].numel())
-        parts = zip(x_t.split(few), t.split(few))
-        return torch.cat([diffusion.denoise_steps(model, *part, T, steps, sampler) for part in parts])
+        return diffusion.denoise_steps(model, x_t, t, T, steps, sampler)
 
     return estimate
 
 
 def in_precision(model, precision):
-    """model(x, t) under autocast."""
+    """model(x, t) under autocast, see also held_out.in_parts."""
 
     def eps_hat(x, t):
         with device.autocast(x.device, precision):
-            return model(x, t)
+            return in_parts(model)(x, t)
 
     return eps_hat
 

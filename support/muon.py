@@ -44,9 +44,10 @@ def orthogonalize(m):
 class Muon(torch.optim.AdamW):
     """AdamW in which parameters of two and more dimensions take orthogonalized steps.
 
-    A kernel is a matrix (out, in * k * k); matrices of one shape are orthogonalized together. Nesterov momentum of
-    MOMENTUM. A step's root mean square is 0.2 * SCALE * lr, that of a typical AdamW step being 0.2 * lr (Liu et al.
-    2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
+    A kernel is a matrix (out, in * k * k), that of a transposed convolution (in, out * k * k); matrices of one shape
+    are orthogonalized together. Nesterov momentum of MOMENTUM. A step's root mean square is 0.2 * SCALE * lr, that of
+    a typical AdamW step being 0.2 * lr (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and weight decay
+    serve both kinds.
     """
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ class Level(NamedTuple):
 def estimate(pixels, model=None, T=None, device="cpu"):
     """The Level of an array (C, H, W) of any size: C is 3, or 1 for grey; uint8, uint16, or float in [-1, 1].
 
-    model: a colour model(x, t) that knows the time step, T its number of steps; None: statistics alone decide. Noise
+    model: a model(x, t) of images of C channels that knows the time step, T their number; None: statistics alone. Noise
     that differs between channels has the root mean square of their levels, noise that depends on the brightness the
     level of the flattest places. Time and memory are bounded. Raises CheckpointError without usable WEIGHTS.
     """
@@ -89,10 +89,7 @@ def windows(pixels):
 def likelihood(model, part, T, device):
     """The noise level of greatest likelihood of a part (C, H, W), both on the 0-255 scale."""
     x = (torch.from_numpy(part[None]).to(device) / GREY_LEVELS - 1).contiguous(memory_format=memory_format(device))
-    gain = 1.0
-    if x.shape[1] == 1:  # see diffusion.grey
-        model, gain = diffusion.grey(model), math.sqrt(3)
-    return GREY_LEVELS / gain * diffusion.estimate_sigma(model, gain * x, T).item()
+    return GREY_LEVELS * diffusion.estimate_sigma(model, x, T).item()
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------
@@ -201,7 +198,9 @@ def regression():
     """The Regression that comes with the repository. Raises CheckpointError."""
     model = Regression()
     try:
-        model.load_state_dict(checkpoint.read(WEIGHTS)["model"])
-    except (RuntimeError, KeyError, TypeError):
-        raise checkpoint.CheckpointError(f"{WEIGHTS} has other contents than this version needs; restore it") from None
+        state = checkpoint.read(WEIGHTS)
+        checkpoint.verify(WEIGHTS, state)
+        model.load_state_dict(state["model"])
+    except (checkpoint.DamagedError, RuntimeError, KeyError, TypeError):
+        raise checkpoint.CheckpointError(f"{WEIGHTS} is damaged, or of another version; restore it") from None
     return model.eval()

@@ -87,13 +87,14 @@ def beside(target, extra):
 
 
 def options_for(image, path):
-    """The options of Image.save that write `image` in the format of path's ending, with its profile and EXIF data.
+    """The options of Image.save that write `image` in the format of path's ending, with its profile, EXIF data and dpi.
 
     Also the names of what must be left out. A format that cannot hold such a picture is found here, on strips
     that are as long as its sides. Raises DataError.
     """
     ending = path.suffix.lower()
-    options = {"format": Image.registered_extensions()[ending]} | ({"quality": 95} if ending in LOSSY else {})
+    options = {"format": Image.registered_extensions()[ending]}
+    options |= {"quality": 95, "subsampling": 0} if ending in LOSSY else {}
     sides = (image.width, min(image.height, 16)), (min(image.width, 16), image.height)
     strips = [bare(image.crop((0, 0, *size)), path) for size in sides]
     for strip in strips:
@@ -113,6 +114,8 @@ def options_for(image, path):
             lost.append(name)
         elif data:
             options[key] = data
+    if "dpi" in image.info and not trial(strips[0], options | {"dpi": image.info["dpi"]}):
+        options["dpi"] = image.info["dpi"]
     return options, lost
 
 

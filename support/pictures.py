@@ -65,8 +65,9 @@ def image_files(root):
 
 
 def must_convert(path):
+    kind = path.suffix[1:].upper()
     return (
-        f"{path} is a {path.suffix[1:].upper()} file, which is not read; "
+        f"{path} is {'an' if kind[0] in 'AO' else 'a'} {kind} file, which is not read; "
         f"convert it to PNG or TIFF first, for example with {CONVERTERS[path.suffix.lower()]}"
     )
 

@@ -18,18 +18,18 @@ def unpack(image):
     """The pixels of an image, a tensor (C, H, W) of C = 1 or 3, and the function that makes such an image of pixels.
 
     Pixels are uint8, uint16 or floating in [-1, 1]. image: a Pillow image in one of the modes of `writable`; a NumPy
-    array (H, W), (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a floating tensor (C, H, W) in
-    [-1, 1]. Raises ValueError for any other.
+    array (H, W), (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a tensor (C, H, W), uint8, uint16 or
+    floating in [-1, 1]. Raises ValueError for any other.
     """
     if isinstance(image, Image.Image):
         return unpack_pillow(image)
     if isinstance(image, np.ndarray):
         pixels, pack = unpack_array(image)
-    elif isinstance(image, torch.Tensor) and image.is_floating_point():
+    elif isinstance(image, torch.Tensor) and (image.is_floating_point() or image.dtype in WHITE):
         pixels, pack = image.detach(), torch.Tensor.contiguous  # not a view of one grey plane
     else:
         kind = getattr(image, "dtype", type(image).__name__)
-        raise ValueError(f"a Pillow image, a NumPy array or a floating tensor is needed, not {kind}")
+        raise ValueError(f"a Pillow image, a NumPy array or a tensor, uint8, uint16 or floating, is needed, not {kind}")
     if pixels.dim() != 3 or len(pixels) not in (1, 3) or not pixels.numel():
         raise ValueError(f"an image of 1 or 3 channels is needed, not an array of the shape {tuple(image.shape)}")
     if pixels.dtype not in WHITE and not pixels.abs().max() < BEYOND:
@@ -56,9 +56,10 @@ def unpack_pillow(image):
 
 
 def unpack_array(array):
-    shape, dtype, floating = array.shape, array.dtype.newbyteorder("="), np.issubdtype(array.dtype, np.floating)
+    shape, dtype = array.shape, array.dtype.newbyteorder("=")
+    floating = dtype in (np.float16, np.float32, np.float64)
     if dtype not in (np.uint8, np.uint16) and not floating:
-        raise ValueError(f"an array must be uint8, uint16 or floating, not {dtype}")
+        raise ValueError(f"an array must be uint8, uint16 or floating, of at most 64 bits, not {dtype}")
     if array.ndim not in (2, 3):
         raise ValueError(f"an image of 1 or 3 channels is needed, not an array of the shape {shape}")
     pixels = torch.from_numpy(np.atleast_3d(np.array(array, dtype))).permute(2, 0, 1)

@@ -29,7 +29,7 @@ SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it wa
 # A resumed run takes the settings that were not typed from its checkpoint, except these, which belong to one start.
 PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers"}
 # A setting that was typed must not contradict the checkpoint, except these, which do not make it another run.
-MAY_CHANGE = PER_START | {"data_dir", "init", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
+MAY_CHANGE = PER_START | {"data_dir", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
 # For checkpoints that lack these settings: what earlier versions did, which is no longer the default.
 CHANGED = {"noise_shares": (1 / 3, 1 / 6), "recycle": 0}
 NEEDS = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
@@ -173,8 +173,8 @@ class Run:
             )
         if cfg.precision == "bfloat16" and device.pick_precision("auto", world.device) == torch.float32:
             world.warn("the run goes on in bfloat16, in which it began, although this device is slow at it")
-        if cfg.epochs != saved["config"]["epochs"]:
-            world.say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {saved['config']['epochs']}")
+        if cfg.epochs != (before := saved["config"].get("epochs", cfg.epochs)):
+            world.say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {before}")
         if self.log:
             self.to_loggers(lambda logger: logger.log(self.log))  # log.csv may have run ahead, or be in another folder
         if len(self.log) >= cfg.epochs:

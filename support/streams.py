@@ -1,9 +1,9 @@
-"""Random numbers: every use has a stream of its own, so that each number is a pure function of its key."""
+"""Random numbers: every purpose has streams of its own, and each number is a pure function of its key."""
 
 import numpy as np
 import torch
 
-# Numbers are drawn from generator(device, seed, one of these, index), so that no two uses share a stream.
+# Numbers are drawn from generator(device, seed, one of these, index), so that no two purposes share a stream.
 ORDER, NOISE, HELD_OUT_NOISE, CHOICE, LEAVES, CROPS, KERNELS, JPEG = range(8)
 
 

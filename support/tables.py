@@ -8,10 +8,10 @@ import math
 
 import torch
 
+from support.measure import LITERATURE
 from support.metrics import BANDS, METRICS, interval
 
 # PSNR in dB on CBSD68 (whole pictures, float noise, mean over pictures), as published.
-PUBLISHED_SIGMAS = (15, 25, 50)
 PUBLISHED = {
     "CBM3D (published, arXiv 1710.04026)": (33.52, 30.71, 27.38),
     "CDnCNN-B (published, arXiv 1710.04026)": (33.89, 31.23, 27.92),
@@ -139,7 +139,7 @@ def pictures(records, key, published):
     rows = [row(method, method, total) for method in ("noisy", "network")]
     if published and key == "psnr":
         for name, values in PUBLISHED.items():
-            at = dict(zip(PUBLISHED_SIGMAS, values))
+            at = dict(zip(LITERATURE, values))
             rows.append([name, 68, *map(at.get, levels)])
     for method in dict.fromkeys(record.method for record in records if record.method not in ("noisy", "network")):
         count = select(records, method=method)[0].count

@@ -93,6 +93,7 @@ def pair():
 
 TINY = ("--widths", 4, 4, 8, "--t-dim", 8)
 SMALL = (*TINY, "--batch-size", 4, "--warmup-steps", 0, "--device", "cpu")
+SMALL_OF = {"unet": SMALL, "plain": (*TINY[:4], *SMALL[len(TINY) :])}  # which has no --t-dim
 
 
 def states_equal(a, b):

@@ -210,3 +210,9 @@ def test_the_table_of_real_noise(tmp_path, monkeypatch, capsys):
     real_noise.main()
     noisy, clean = map(float, re.search(r"\| white \| (\S+) \| (\S+) \|", capsys.readouterr().out).groups())
     assert noisy == pytest.approx(22.1, abs=0.2) and clean > 32
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--grey"])
+    monkeypatch.setattr(real_noise, "KINDS", ["white", "equal"])
+    real_noise.main()
+    (values,) = re.findall(r"\| (?:white|equal) \| (\S+) \| (\S+) \|", capsys.readouterr().out)
+    noisy, clean = map(float, values)
+    assert noisy == pytest.approx(22.1, abs=0.2) and clean > 32

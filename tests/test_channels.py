@@ -48,6 +48,15 @@ def test_the_control_has_blocks_too(batch):
     assert model.training
 
 
+def test_every_block_of_a_level_is_counted(batch):
+    model = UNet(widths=(8, 8, 16), t_dim=8, blocks=2)
+    model.enc1.conv2.bias.data[:] = -100.0
+    shares = channels.in_use(model, *batch)
+    blocks = ("enc1", "enc2", "bottleneck", "dec1", "dec2")
+    assert sorted(shares) == sorted([*blocks, *(f"{block}.more.0" for block in blocks)])
+    assert shares["enc1"] == 0 and shares["enc1.more.0"] > 0
+
+
 def test_recycling_opens_channels_and_hardly_changes_the_output(batch):
     model = network()
     model.bottleneck.conv2.bias.data[:12] = -100.0
@@ -125,6 +134,9 @@ def test_channels_are_counted_at_all_noise_levels():
     images = torch.zeros(200, 3, 8, 8, dtype=torch.uint8)
     held_out.channels_in_use(config.defaults(train.SETTINGS), Network(), images)
     assert torch.bincount(seen[0]).tolist() == [0] + [10] * 9
+    held_out.channels_in_use(config.defaults(train.SETTINGS, sigma_range=(51.0, 102.0)), Network(), images)
+    levels, counts = seen[1].unique(return_counts=True)
+    assert counts.tolist() == [10] * 9 and 4 < levels.min() < 4.3 and 7.7 < levels.max() < 8
 
 
 def test_a_recycled_channel_adds_a_tenth_of_the_shortcuts_spread_and_no_mean(batch):

@@ -270,18 +270,12 @@ def test_a_lock_that_is_no_file_of_ours_harms_nothing(tmp_path, kind):
     assert target.read_text() == "precious" and not (tmp_path / "absent").exists()
 
 
-def test_leftovers_go_and_nothing_else(whole, tmp_path):
+def test_leftovers_go_and_nothing_else(tmp_path):
     host = socket.gethostname()
     dead, alive = 2**22 + 1, os.getpid()  # above Linux's largest process number
-    ours = [f".tmp-{dead}-{host}.part", ".log.csv.7.tmp", "res/.grid.png.7.tmp", f"res/.tmp-{dead}-{host}.part"]
+    ours = [f".tmp-{dead}-{host}.part", f"res/.tmp-{dead}-{host}.part"]
     others = [f".tmp-{alive}-{host}.part", f".tmp-{dead}-elsewhere.part", ".notes.tmp", "unet32_e0_s5.pth", "res/a.png"]
-    only = ".unet32_e1.pth.7.tmp"  # an earlier version, killed as it replaced checkpoints, left its newest like this
     (tmp_path / "res").mkdir()
-    checkpoint.save(tmp_path / only, whole)
-    for name in ours:
-        (tmp_path / name).write_bytes(b"")
-    checkpoint.lock(tmp_path).close()
-    assert checkpoint.load(tmp_path / only)
     for name in [*ours, *others]:
         (tmp_path / name).write_bytes(b"")
     checkpoint.lock(tmp_path).close()
@@ -412,6 +406,11 @@ EDITS = [  # the way to an entry, what it becomes (None: it is gone), what the l
     (["config", "noise_steps"], math.nan, "config['noise_steps']"),
     (["config", "noise_steps"], 20, "network['noise_steps']"),
     (["config", "t_dim"], "8", "config['t_dim']"),
+    (["config", "sigma_range"], 5.0, "config['sigma_range']"),
+    (["config", "sigma_range"], (1.0, 2.0, 3.0), "config['sigma_range']"),
+    (["config", "sigma_range"], (None, 75.0), "config['sigma_range']"),
+    (["config", "noise"], "pink", "config['noise']"),
+    (["config", "continuous_t"], 1, "config['continuous_t']"),
     (["config", "widths"], (4, 4), "config['widths']"),
     (["config", "model"], ["unet"], "config['model']"),
     (["config", "class"], 1, "config['class']"),

@@ -5,6 +5,7 @@ The model of known answer is the optimal one for independent Gaussian pixels N(M
 """
 
 import dataclasses
+import errno
 import io
 import itertools
 import math
@@ -26,10 +27,11 @@ import data
 import denoise
 import diffusion
 import unet
-from support import checkpoint, device, picture_files, pictures, pixels, script, sheets, tiles
+from support import checkpoint, device, metrics, picture_files, pictures, pixels, script, sheets, tiles
+from support.datasets import leaves
 
 T, MU, S = 10, 0.2, 0.5
-CFG = config.defaults(unet.SETTINGS | data.SETTINGS, widths=(4, 4, 8), t_dim=8)
+CFG = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, widths=(4, 4, 8), t_dim=8)
 
 
 def optimal_eps(x, t):
@@ -170,11 +172,10 @@ def test_any_size_and_depth(shape, dtype):
     top = 1 if dtype == np.float32 else np.iinfo(dtype).max
     noisy = np.random.default_rng(0).standard_normal(shape, dtype) if top == 1 else noise(*shape, dtype=dtype)
     result = denoise.run(network(optimal_eps), torch.from_numpy(noisy), sigma=0.2, strength=2)
-    # Grey: the noise is sqrt(3) times as strong along (1, 1, 1) / sqrt(3), where the model knows a spread of S too.
-    grey = shape[0] == 1 or (noisy == noisy[0]).all()
-    variance = 0.4**2 * (3 if grey else 1)
-    x = noisy if top == 1 else noisy / top * 2 - 1
-    expected = (S**2 * x + variance * MU) / (S**2 + variance)
+    # Grey: the model is told sqrt(3) times the level, and what it finds is sqrt(3) times as much.
+    gain = math.sqrt(3) if shape[0] == 1 or (noisy == noisy[0]).all() else 1
+    x, level = noisy if top == 1 else noisy / top * 2 - 1, gain * 0.4
+    expected = x - 0.4 * gain * level * (x - MU) / (S**2 + level**2)
     assert (tuple(result.clean.shape), result.level.sigma) == (shape, 0.2)
     expected, off = (expected, 1e-5) if top == 1 else ((expected + 1) / 2 * top, 0.51 if top == 255 else 1)
     np.testing.assert_allclose(result.clean.numpy(), expected, atol=off)
@@ -185,6 +186,57 @@ def test_grey_stored_as_colours_is_grey(small_unet):
     clean = denoise.run(network(small_unet, 24), grey, 0.2).clean
     colour = denoise.run(network(small_unet, 24), grey.expand(3, -1, -1), 0.2).clean
     assert torch.equal(colour, clean.expand(3, -1, -1))
+
+
+def test_what_a_network_is_told_of_a_grey_picture():
+    """Of independent noise alone it is told sqrt(3) times the level; one that knows equal noise too, the level."""
+    told = []
+
+    def model(x, t):
+        told.append(t.item())
+        return torch.zeros_like(x)
+
+    for kind in ("white", "mixed"):
+        known = network(model)._replace(trained=dataclasses.replace(CFG, noise=kind))
+        assert math.isfinite(denoise.run(known, torch.from_numpy(noise(1, 20, 24)), 0.2).level.sigma)
+    assert told == pytest.approx([2 * math.sqrt(3), 2])
+
+
+@pytest.mark.parametrize("sigma", [10, 25, 50])
+@pytest.mark.parametrize("size", [32, 96])
+def test_grey_pictures_gain_as_much_with_either_of_the_weights_provided(sigma, size):
+    """Also where the level is estimated, in small pictures by the likelihood."""
+    small = leaves.dead_leaves(4, torch.Generator().manual_seed(3)).float().mean(dim=1, keepdim=True)
+    clean = nn.functional.interpolate(small, size=size, mode="bicubic").clamp(0, 255) if size > 32 else small
+    noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(4))
+    noisy = noisy.round().clamp(0, 255).to(torch.uint8)
+
+    def psnr(x):
+        return metrics.psnr(x.float() / 127.5 - 1, clean / 127.5 - 1).mean().item()
+
+    found = {}
+    for weights in (checkpoint.SHIPPED, checkpoint.PHOTO):
+        for level in (sigma, None):
+            found[weights.stem, level] = psnr(denoise.denoise(noisy, level, weights=weights))
+    assert min(found.values()) > psnr(noisy) + (2 if sigma == 10 else 4), found
+    assert found["photo", sigma] > found["unet32", sigma] - 1, found
+
+
+def test_a_network_may_use_its_input_again():
+    """Its layers are called as they are: an activation must not be made to overwrite what the network still needs."""
+
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x, t):
+            return x + self.relu(x)
+
+    x = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
+    model = PreActivation().eval()
+    expected = diffusion.denoise(model, x, torch.tensor([2.0]), T)[0]
+    torch.testing.assert_close(denoise.run(network(model), x[0], 0.2).clean, expected)
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
@@ -248,6 +300,7 @@ def test_what_goes_in_comes_out(weights):
         "mirrored": (COLOUR[:, ::-1][:, ::-1], lambda array: array),
         "float64": (COLOUR / 255, lambda array: 255 * array),
         "float16": ((COLOUR / 255).astype(np.float16), lambda array: 255 * array.astype(float)),
+        "uint8 tensor": (torch.from_numpy(COLOUR).permute(2, 0, 1), lambda x: x.permute(1, 2, 0).numpy()),
         "tensor": (x, lambda x: 127.5 * (x.permute(1, 2, 0).numpy() + 1)),
         "batch": (x[None].repeat(2, 1, 1, 1).requires_grad_(), lambda x: 127.5 * (x[1].permute(1, 2, 0).numpy() + 1)),
     }
@@ -296,10 +349,11 @@ def test_python_is_left_as_it_was(weights):
         (np.zeros((3, 4, 4), np.uint8), r"not an array of the shape \(3, 4, 4\)"),
         (np.zeros(4, np.uint8), "1 or 3 channels"),
         (np.zeros((0, 4), np.uint8), "1 or 3 channels"),
-        (np.zeros((4, 4), np.int64), "uint8, uint16 or floating, not int64"),
+        (np.zeros((4, 4), np.int64), "floating, of at most 64 bits, not int64"),
         (np.full((4, 4), 255.0), r"floats must be in \[0, 1\]"),
         (np.full((4, 4), np.nan), "without NaN"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), "a floating tensor is needed, not torch.uint8"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "floating, is needed, not torch.int64"),
+        (np.zeros((4, 4), np.longdouble), "of at most 64 bits, not"),
         (torch.full((3, 4, 4), 200.0), r"a tensor in \[-1, 1\]"),
         (torch.zeros(4, 4), "1 or 3 channels"),
         (torch.zeros(0, 3, 4, 4), "1 or 3 channels"),
@@ -470,7 +524,10 @@ def test_a_folder_with_bad_pictures(run, capsys):
     found = re.findall(r"in/\S+ -> out/here/\S+  sigma [\d.]+ \(estimated; [\d.]+ to [\d.]+\)\n", out)
     assert len(found) == 2
     assert re.search(r"left out: .*in/sub/bad.png cannot be read", err) and "sub/huge.png" in err
+    assert err.count("in/sub/bad.png") == 1
     assert err.splitlines()[-1] == "error: 2 of 4 pictures were left out, see above; the others are written"
+    assert run("in/sub/bad.png", "in/sub/huge.png", "-o", "none/", "--max-pixels", 9999) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: 2 of 2 pictures were left out, see above"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no kernel"), MemoryError(), KeyError("x"), OSError(28, "disk full")])
@@ -539,6 +596,32 @@ def test_what_is_refused_before_the_network_runs(line, run, tmp_path, monkeypatc
     assert run(*line.split()) == 1
     assert re.match(f"error: .*({REFUSED[line]})", capsys.readouterr().err.splitlines()[-1])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("line", [("", "-o", "x/"), ("a.png", "", "-o", "x/"), ("a.png", "-o", "")])
+def test_an_empty_name_is_not_the_folder_that_one_is_in(line, run, capsys):
+    """As an unset variable of the shell gives it."""
+    write("a.png", noise(8, 8, 3))
+    assert run(*line) == 2
+    assert "must be a name, not empty" in capsys.readouterr().err and not Path("x").exists()
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
+def test_the_resolution_of_a_scan_stays(ending, run):
+    write("a.png", noise(8, 8, 3), dpi=(300, 300))
+    assert run("a.png", "-o", f"b.{ending}", "--sigma", 25) == 0
+    assert [round(float(n)) for n in Image.open(f"b.{ending}").info["dpi"]] == [300, 300]
+
+
+def test_a_picture_that_cannot_be_written_is_named(run, monkeypatch, capsys):
+    write("a.png", noise(8, 8, 3))
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("a.png", "-o", "out/b.png", "--sigma", 25) == 1
+    assert capsys.readouterr().err.endswith("error: [Errno 28] No space left on device: 'out/b.png'\n")
 
 
 @pytest.mark.parametrize("length", [240, 255])
@@ -615,6 +698,8 @@ def test_it_says_when_almost_nothing_was_removed(run, capsys):
     write("a.png", noise(40, 40, 3))
     assert run("a.png", "-o", "b.png", "--sigma", 0.1) == 0
     assert "WARNING: a.png: almost nothing was removed; try --sigma 15, 25 or 40" in capsys.readouterr().err
+    assert run("a.png", "-o", "d.png", "--sigma", 25, "--strength", 0.01) == 0
+    assert "almost nothing was removed; try a larger --strength" in capsys.readouterr().err
     assert run("a.png", "-o", "c.png", "--sigma", 40, "--strength", 1.5) == 0
     out, err = capsys.readouterr()
     assert "a.png -> c.png  sigma 40 (given), times 1.5\n" in out and "almost nothing" not in err
@@ -630,7 +715,7 @@ def test_it_says_when_almost_nothing_was_removed(run, capsys):
     ],
 )
 def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
-    trained = config.defaults(unet.SETTINGS | data.SETTINGS, **settings)
+    trained = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, **settings)
     noisy, clean = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
     model = network(None)._replace(trained=trained)
 
@@ -643,6 +728,10 @@ def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
     for sigma in (0.4 * low, 1.2 * high):
         text = doubt(sigma)
         assert f"was trained on {low:.1f} to {high:.1f}" in text and ("(grey)" in text) == grey
+        assert text.endswith("; look at the result, or give another --sigma")
+    model = model._replace(path=checkpoint.PHOTO)
+    assert doubt(1.2 * high).endswith("use --weights model/unet32.pth, which knows stronger noise")
+    assert doubt(0.4 * low).endswith("give another --sigma")
 
 
 def blocks(array, y, x, size, scale):

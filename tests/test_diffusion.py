@@ -108,6 +108,23 @@ def test_heuns_last_step_is_eulers():
         torch.testing.assert_close(out[:, 0, 0, 0], torch.tensor(expected))
 
 
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_the_last_step_ends_at_no_noise_whatever_their_number(sampler):
+    """Rounding must not leave a rest of t, at which Heun's method would call the model again."""
+    seen = []
+
+    def model(x, t):
+        seen.append(t.item())
+        return torch.zeros_like(x)
+
+    for steps in range(1, 60):
+        for t in (1.17, 3.92, 7.0):
+            seen.clear()
+            diffusion.denoise_steps(model, torch.zeros(1, 1, 2, 2), torch.tensor([t]), T, steps, sampler)
+            assert len(seen) == (steps if sampler == "euler" else 2 * steps - 1)
+            assert min(seen) == pytest.approx(t / steps, rel=1e-4)
+
+
 def test_a_noise_schedule_is_two_functions(noisy, monkeypatch):
     """With sigma = (t / T)^2 noise, loss, denoising and the estimate of sigma follow."""
     monkeypatch.setattr(diffusion, "sigma_of", lambda t, T: (t / T) ** 2)

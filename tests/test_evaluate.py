@@ -76,7 +76,8 @@ def test_large_images_go_through_the_network_a_few_at_a_time():
         return x * t[:, None, None, None]
 
     x = torch.randn(3, 3, 512, 500, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(measure.network(model, 10)(x, 0.2), x - 0.2 * x * 2)
+    in_parts = measure.in_precision(model, torch.float32)
+    assert torch.equal(measure.network(in_parts, 10)(x, 0.2), x - 0.2 * x * 2)
     assert seen == [1, 1, 1]
 
 
@@ -480,11 +481,18 @@ def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
     torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4 * whole.std().item())
 
 
+@pytest.mark.parametrize("flag", ["--steps", "--subset"])
+def test_settings_that_whole_pictures_have_no_use_for_are_refused(flag, untrained, run_script, photographs):
+    untrained("unet")
+    code, _, err = run_script("--dataset", "folder", "--data-dir", photographs, flag, 2)
+    assert code == 1 and err.endswith(f"leave {flag} out, or measure crops (--no-whole)\n")
+
+
 def test_pictures_smaller_than_the_crops_are_measured_whole(untrained, run_script, photographs, tmp_path):
     """The channels in use are counted in those alone that are large enough for a crop."""
     untrained()
     Image.new("RGB", (20, 20)).save(photographs / "test" / "small.png")
-    args = ("--dataset", "folder", "--data-dir", photographs, "--weights", "model/unet32_e0.pth", "--subset", 1)
+    args = ("--dataset", "folder", "--data-dir", photographs, "--weights", "model/unet32_e0.pth")
     code, out, err = run_script(*args, "--json", "e.json")
     assert code == 0 and "left out" not in err, err
     assert f"data: 3 whole test pictures in {photographs}" in out

@@ -7,7 +7,7 @@ import torch
 import benchmarks.fit_noise_level
 from benchmarks import noise_level as benchmark
 from diffusion import GREY_LEVELS
-from support import noise_level
+from support import checkpoint, noise_level
 from support.checkpoint import CheckpointError
 
 T = 10
@@ -145,8 +145,13 @@ def test_missing_weights_are_named(monkeypatch, tmp_path, picture):
     noise_level.WEIGHTS.write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match=r"noise_level\.pth is damaged"):
         noise_level.estimate(picture)
-    torch.save({"model": {}}, noise_level.WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"noise_level\.pth has other contents"):
+    state = checkpoint.read(checkpoint.NOISE_LEVEL)
+    checkpoint.save(noise_level.WEIGHTS, {"model": {}})
+    with pytest.raises(CheckpointError, match=r"noise_level\.pth is damaged, or of another version; restore it"):
+        noise_level.estimate(picture)
+    state["model"]["layers.0.bias"][7] += 1  # the checksum is that of the bits before
+    torch.save(state, noise_level.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"noise_level\.pth is damaged, or of another version; restore it"):
         noise_level.estimate(picture)
 
 

@@ -119,7 +119,7 @@ def test_flags_go_before_presets_and_presets_before_defaults(capsys):
 
 def test_the_recipes_are_those_of_the_documents():
     expected = {
-        "default": dict(optimizer="muon", lr=5e-4, batch_size=32, epochs=6, recycle=3, noise_steps=10, noise="white"),
+        "default": dict(optimizer="muon", lr=4e-4, batch_size=32, epochs=10, recycle=3, noise_steps=10, noise="white"),
         "reference": dict(optimizer="adamw", lr=2e-4, batch_size=8, epochs=20, schedule="cosine", flip=False),
         "photographs": dict(
             **dict(dataset="folder", fresh_crops=True, crop_size=96, batch_size=4, augment=True, noise="mixed"),
@@ -227,10 +227,21 @@ def test_train_then_visualize(run_script, pictures, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.parametrize("args", [("--curves", "--strip"), ("--curves", "--weights", "x.pth"), ("--t", 3)])
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(("--curves", "--strip"), ("--curves", "--weights", "x.pth"), ("--t", 3)),
+        *(("--curves", "--images", 3), ("--curves", "--dataset", "leaves")),
+    ],
+)
 def test_settings_of_two_figures_are_refused(args, run_script):
     code, _, err = run_script(visualize, *args)
-    assert code == 1 and re.fullmatch(r"error: --(curves|t) .*; (draw|name|give) .*\n", err)
+    assert code == 1 and re.fullmatch(r"error: --(curves|t) .*; (draw|name|give|leave) .*\n", err)
+
+
+def test_settings_that_the_network_does_not_take_are_refused(run_script):
+    code, _, err = run_script(overfit, "--model", "plain", "--blocks", 2, "--device", "cpu")
+    assert code == 1 and err == "error: --blocks is not a setting of --model plain; leave it out\n"
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SMALL, TINY, states_equal
+from conftest import SMALL, SMALL_OF, TINY, states_equal
 from PIL import Image
 
 import config
@@ -116,6 +117,25 @@ def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
     assert loss == held_out.held_out_loss(cfg, world, Half(), images)
 
 
+def test_held_out_levels_are_those_of_training():
+    """Of --sigma-range as many quantiles as there are steps; large images a few at a time."""
+    images, seen = torch.zeros(90, 3, 96, 96, dtype=torch.uint8), []
+
+    class Network(torch.nn.Module):
+        def forward(self, x, t):
+            seen.append(t)
+            return 0 * x
+
+    for sigmas, power in (((10.0, 20.0), 0.0), ((1.0, 75.0), 0.75)):
+        seen.clear()
+        cfg = config.defaults(train.SETTINGS, sigma_range=sigmas, sigma_power=power, precision="float32")
+        held_out.held_out_loss(cfg, World(torch.device("cpu")), Network(), images)
+        assert max(map(len, seen)) * 96 * 96 <= 250 * 32 * 32
+        drawn = np.sort(data.draw_noise((20_000, 1, 1, 1), cfg, "cpu", 0)[0])
+        expected = np.quantile(drawn, (np.arange(9) + 0.5) / 9)
+        np.testing.assert_allclose(torch.cat(seen).view(10, 9), expected[None].repeat(10, 0), rtol=0.02)
+
+
 def test_measuring_leaves_running_statistics_alone():
     model, images = unet.PlainUNet(widths=(4, 4, 4)), torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     before, cfg = copy.deepcopy(model.state_dict()), config.defaults(train.SETTINGS, precision="float32")
@@ -155,7 +175,10 @@ def test_a_run_leaves_checkpoints_log_and_grids(run, capsys):
     assert names == ["unet32_e1.pth", "unet32_e2.pth"]  # after two epochs, and at the end
     with open("model/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == loggers.COLUMNS
+    assert list(rows[0]) == [
+        *("epoch", "step", "train_loss", "test_loss", "lr", "images_per_second", "seconds"),
+        *("channels_in_use", "of_block"),
+    ]
     assert [(row["epoch"], row["step"]) for row in rows] == [("0", "4"), ("1", "8"), ("2", "12")]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     assert Image.open("model/res/comparison_result_unet32_e2.png").width > 300
@@ -174,7 +197,7 @@ def test_a_run_leaves_checkpoints_log_and_grids(run, capsys):
 
 @pytest.mark.parametrize("model, optimizer", [("unet", "muon"), ("plain", "adamw")])
 def test_a_resumed_run_is_the_same_run(run, model, optimizer):
-    run("--epochs", 3, "--model", model, "--optimizer", optimizer, *SMALL)
+    run("--epochs", 3, "--model", model, "--optimizer", optimizer, *SMALL_OF[model])
     shutil.copytree("model", "straight")
     for later in ("unet32_e1.pth", "unet32_e2.pth", "log.csv"):
         (Path("model") / later).unlink()
@@ -198,7 +221,7 @@ def test_tensorboard_and_wandb_are_given_the_newest_row(monkeypatch, tmp_path):
     wandb.Image, wandb.init = str, lambda **_: types.SimpleNamespace(log=note)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    rows = [dict.fromkeys(loggers.COLUMNS, value) for value in (1, 2)]
+    rows = [dict.fromkeys((*loggers.SCALARS, "step"), value) for value in (1, 2)]
     for name in ("tensorboard", "wandb"):
         loggers.start(name, tmp_path, {}).log(rows)
     scalars = dict.fromkeys(loggers.SCALARS, 2)
@@ -233,7 +256,7 @@ def test_another_run_is_never_overwritten(run):
         ("--batch-size", 8, 4),
         ("--noise-steps", 20, 10),
         ("--model", "plain", "unet"),
-        ("--lr", 0.5, 0.0005),
+        ("--lr", 0.5, 0.0004),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(run, flag, value, was):
@@ -255,7 +278,7 @@ def test_a_checkpoint_of_other_images_is_refused(run, pictures, tmp_path):
 
 def test_only_what_makes_no_other_run_may_change():
     free = {
-        *("device", "compile", "out_dir", "resume", "overwrite", "loggers", "data_dir", "init", "epochs"),
+        *("device", "compile", "out_dir", "resume", "overwrite", "loggers", "data_dir", "epochs"),
         *("save_model_epochs", "sample_every_epochs", "save_every_steps"),
     }
     saved = {"config": {name: setting.default for name, setting in train.SETTINGS.items()} | {"seed": 7}}
@@ -354,7 +377,7 @@ def test_overwrite_deletes_nothing_before_there_is_something_new(run, monkeypatc
     run("--epochs", 1, *SMALL)
     with pytest.raises(config.UserError, match=r"finite|the loss is"):
         run("--epochs", 1, "--overwrite", "--lr", 1e3, *SMALL, "--precision", "float32")
-    assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 5e-4
+    assert checkpoint.load("model/unet32_e0.pth")["config"]["lr"] == 4e-4
 
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -392,7 +415,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
 
 @pytest.mark.parametrize("model", ["unet", "plain"])
 def test_a_compiled_run_is_the_same_run(run, monkeypatch, model):
-    args = ("--epochs", 2, "--model", model, "--precision", "float32", *SMALL)
+    args = ("--epochs", 2, "--model", model, "--precision", "float32", *SMALL_OF[model])
     run(*args, "--out-dir", "plainly")
     compiled = []
 

@@ -111,7 +111,11 @@ def files(split, cfg):
         root = root / split
         names = pictures.image_files(root)
     else:
-        names = hold_out(pictures.image_files(root))[split == "test"]
+        train, test = hold_out(pictures.image_files(root))
+        if split == "test":
+            share = f"{len(test):,} of its {len(train) + len(test):,} pictures are held out"
+            pictures.say_once(root, f"{share}; where it has folders train/ and test/, those are the splits")
+        names = test if split == "test" else train
     if not names:
         raise DataError(f"no {split} images in {root}; put at least two image files there (.png, .jpg, ...)")
     chosen = choice(len(names), cfg.limit)
