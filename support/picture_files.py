@@ -4,6 +4,7 @@ import io
 import os
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from config import UserError
@@ -120,10 +121,13 @@ def options_for(image, path):
 
 
 def bare(image, path):
-    """The image without its info, which some of Pillow's encoders write unasked, in a depth that the format has."""
-    image.info = {}
+    """The image without its info, which some of Pillow's encoders write unasked, in a depth that the format has, and
+    with 16 bits in the range that it was read in, see pictures.read."""
+    white, image.info = image.info.get("white"), {}
     if image.mode == "I;16" and path.suffix.lower() not in DEEP:
         return pictures.to_8_bits(image)
+    if white:
+        return Image.fromarray((np.asarray(image) * (white / 65535)).round().astype(np.uint16))
     return image
 
 

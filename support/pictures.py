@@ -86,8 +86,9 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
     """convert(the picture in a file as an upright Pillow image); by default a uint8 array (H, W, 3), see rgb.
 
     The image's mode is one that Pillow converts to RGB correctly, or I;16 with the full range 0 ... 65535 for grey of
-    more than 8 bits. What is lost or assumed is printed, once for each kind. Raises DataError if the file cannot be
-    read or has more than max_pixels, which are looked up before any is decoded.
+    more than 8 bits; info["white"] is the value that 65535 had in the file, where that is a guess. What is lost or
+    assumed is printed, once for each kind. Raises DataError if the file cannot be read or has more than max_pixels,
+    which are looked up before any is decoded.
     """
     path = Path(path)
     if path.suffix.lower() in CONVERTERS:
@@ -209,7 +210,8 @@ def full_range(image, tags, path):
         say_once(path, "grey values above 65535: the largest of the file is taken as white")
     elif highest < 2**12 and highest and image.format != "PPM":  # which says its range
         white = 2**8 - 1 if highest < 2**8 else 2**12 - 1  # as many cameras and microscopes write into 16 bits
-        say_once(path, f"no grey value of 16 bits is above {white}, which is taken as white, 65535")
+        say_once(path, f"no grey value of 16 bits is above {white}, which is taken as white")
+        image.info["white"] = white  # so that it is written with values like those that were read
     else:
         white = 2**16 - 1
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:

@@ -606,6 +606,20 @@ def test_an_empty_name_is_not_the_folder_that_one_is_in(line, run, capsys):
     assert "must be a name, not empty" in capsys.readouterr().err and not Path("x").exists()
 
 
+@pytest.mark.parametrize("highest", [255, 4095, 65535])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bits_come_back_in_the_range_that_they_had(highest, ending, run):
+    """Many cameras and microscopes write 12 bits, or 8, into 16; a format of 8 bits shows them at full brightness."""
+    ramp = np.linspace(0, highest, 80 * 80).reshape(80, 80).round().astype(np.uint16)
+    write(f"a.{ending}", ramp)
+    assert run(f"a.{ending}", "-o", f"b.{ending}", "--sigma", 0.1) == 0
+    assert run(f"a.{ending}", "-o", "b.jpg", "--sigma", 0.1) == 0
+    b = Image.open(f"b.{ending}")
+    assert b.mode == "I;16"
+    np.testing.assert_allclose(np.asarray(b, float), ramp, atol=0.02 * highest)
+    assert np.asarray(Image.open("b.jpg")).max() > 240
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
 def test_the_resolution_of_a_scan_stays(ending, run):
     write("a.png", noise(8, 8, 3), dpi=(300, 300))
