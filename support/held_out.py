@@ -1,5 +1,7 @@
 """What is measured on the held-out images after every epoch."""
 
+import dataclasses
+
 import torch
 
 import data
@@ -58,7 +60,8 @@ def levels(k, cfg):
 
 
 def channels_in_use(cfg, model, images):
-    """{block: share of its channels in use} on the first SAMPLE test images, at noise levels over the whole range."""
+    """{block: share of its channels in use} on the first SAMPLE test images, at levels spread evenly over the range."""
+    cfg = dataclasses.replace(cfg, sigma_power=0.0)
     x0, t, eps = held_out_batch(cfg, images[:SAMPLE], 0)
     t = levels(torch.arange(len(t), device=t.device) * (cfg.noise_steps - 1) // len(t), cfg)
     return channels.in_use(model, diffusion.add_noise(x0, eps, t, cfg.noise_steps), t)

@@ -134,7 +134,9 @@ def test_channels_are_counted_at_all_noise_levels():
     images = torch.zeros(200, 3, 8, 8, dtype=torch.uint8)
     held_out.channels_in_use(config.defaults(train.SETTINGS), Network(), images)
     assert torch.bincount(seen[0]).tolist() == [0] + [10] * 9
-    held_out.channels_in_use(config.defaults(train.SETTINGS, sigma_range=(51.0, 102.0)), Network(), images)
+    held_out.channels_in_use(
+        config.defaults(train.SETTINGS, sigma_range=(51.0, 102.0), sigma_power=5.0), Network(), images
+    )
     levels, counts = seen[1].unique(return_counts=True)
     assert counts.tolist() == [10] * 9 and 4 < levels.min() < 4.3 and 7.7 < levels.max() < 8
 
