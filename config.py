@@ -127,13 +127,6 @@ def defaults(settings, **values):
     return dataclasses.make_dataclass("Settings", [*values, "given"], frozen=True)(**values, given=frozenset())
 
 
-def check(values, settings, source):
-    """Hold `values`, read from the file `source`, to the ranges of the command line. Raises UserError."""
-    for key in settings.keys() & values.keys():
-        if not allows(settings[key], values[key]):
-            raise UserError(f"{source} says {key} = {str(values[key])[:80]}, which is out of range; use another file")
-
-
 def allows(setting, value):
     """Whether the command line could have given this value."""
     if value is None or value is setting.default:

@@ -48,7 +48,7 @@ def clean(path, estimated, sigma, strength, network, max_pixels, folder):
     picture_files.write(pack(result.clean), target, options, overwrite=True)
     notes = [denoise.describe(result.level, given, strength)]
     if doubt := denoise.doubt(noisy, result, network, strength):
-        notes.append(doubt.replace("--", ""))  # the page's sliders have the flags' names
+        notes.append(doubt.replace("--sigma", "sigma").replace("--strength", "strength"))  # as the sliders are named
     if max(image.size) > SHOWN:
         notes.append(f"shown reduced to {SHOWN} pixels; what you save has all {image.width} x {image.height}")
     return (

@@ -9,9 +9,10 @@ From Python:
 
     clean = denoise.denoise(image)                         a Pillow image, a NumPy array or a tensor; you get the same
 
-Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data and the colour profile stay; a picture turned by EXIF is
-written upright. What Pillow does not give: 16 bits per channel in colour (read as 8), the EXIF data of a TIFF, and of
-an animation all frames but the first. A large picture goes through the network in tiles that give what the whole would.
+Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data, colour profile and resolution stay; a picture turned by
+EXIF is written upright. What Pillow does not give: 16 bits per channel in colour (read as 8), the EXIF data of a TIFF,
+and of an animation all frames but the first. A large picture goes through the network in tiles that give what the whole
+would.
 """
 
 import functools
@@ -114,7 +115,7 @@ def load_once(path, changed, device_name, precision):
 class Result(NamedTuple):
     clean: torch.Tensor
     level: Level  # of the noise, given or estimated
-    gain: float  # times which the level is what the network was told, see diffusion.grey
+    gain: float  # what the network was told, over the level, see diffusion.grey
 
 
 def run(network, noisy, sigma=None, strength=1, steps=1):
@@ -123,21 +124,20 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
     sigma: in units of the [-1, 1] scale; None: estimated. Beside copies of the pixels, the memory is bounded.
     """
     model, T, margin, size = network.model, network.trained.noise_steps, network.margin, TILE[network.precision]
-    knows_t = getattr(model, "knows_t", True)
     if margin == math.inf and noisy[0].numel() > WHOLE:
         raise UserError(f"{network.path} must see a picture as a whole, of at most {WHOLE:,} pixels; use other weights")
     gain, source = 1.0, noisy
-    if all(torch.equal(plane, noisy[0]) for plane in noisy[1:]):  # grey, even where it is stored as colours
-        gain = 1.0 if network.trained.noise == "mixed" else math.sqrt(3)  # mixed: some of it equal in all channels
+    if is_grey(noisy):
+        gain = 1.0 if knows_equal_noise(network.trained) else math.sqrt(3)
         source, model = noisy[:1], diffusion.grey(model, T, gain)
-    level = Level(*[sigma] * 3) if sigma is not None else level_of(source, knows_t and model, T, network.device)
+    level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
     t = diffusion.t_of(torch.tensor([strength * level.sigma], device=network.device), T)
-    model = tiles.tiled(model, size, margin)
+    in_tiles = tiles.tiled(model, size, margin)
 
     def denoise_part(part):
         x = tiles.pad(pixels.to_x(part.to(network.device))[None])
         x_t = x.contiguous(memory_format=device.memory_format(network.device))
-        x0_hat = diffusion.denoise_steps(model, x_t, t, T, steps)[0, :, : part.shape[1], : part.shape[2]]
+        x0_hat = diffusion.denoise_steps(in_tiles, x_t, t, T, steps)[0, :, : part.shape[1], : part.shape[2]]
         return pixels.from_x(x0_hat, part.dtype)
 
     clean = torch.empty_like(source)
@@ -146,11 +146,25 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
     return Result(clean.expand_as(noisy), level, gain)
 
 
+def is_grey(noisy):
+    """Whether pixels (C, H, W) are grey, even where they are stored as colours."""
+    return all(torch.equal(plane, noisy[0]) for plane in noisy[1:])
+
+
+def knows_equal_noise(trained):
+    """Whether a network has seen noise that is equal in all channels, see real_noise.correlate."""
+    return trained.noise == "mixed" and trained.noise_shares[0] > 0
+
+
 @torch.inference_mode()
-def level_of(source, model, T, place):
-    """The estimated Level of the noise in pixels (C, H, W). model: of such images, see noise_level.estimate."""
+def level_of(source, network, model, gain):
+    """The estimated Level of the noise in pixels (C, H, W). model: that of such images; gain: see diffusion.grey."""
+    T = network.trained.noise_steps
+    highest = diffusion.t_of(diffusion.sigma_of(T, T) / gain, T)  # beyond, the network would be told more than it knows
     array = (source if source.dtype in pixels.WHITE else source.float()).cpu().numpy()
-    return noise_level.estimate(array, model, T, place)
+    knows_t = getattr(network.model, "knows_t", True)
+    likelihood = functools.partial(diffusion.estimate_sigma, model, T=T, highest=highest) if knows_t else None
+    return noise_level.estimate(array, likelihood, network.device)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -202,7 +216,7 @@ def doubt(noisy, result, network, strength):
     if low / 2 <= GREY_LEVELS * assumed <= 1.1 * high:
         return None
     other = "give another --sigma"
-    if network.path == checkpoint.PHOTO and GREY_LEVELS * assumed > high:
+    if network.path.resolve() == checkpoint.PHOTO and GREY_LEVELS * assumed > high and not is_grey(noisy):
         other = "use --weights model/unet32.pth, which knows stronger noise"
     return (
         f"sigma {in_grey_levels(assumed)} is assumed, but the network was trained on {low:.1f} to {high:.1f}"
@@ -233,7 +247,8 @@ def main():
                 raise
             left_out += 1
             reason = " ".join(str(error).split()) or repr(error)
-            tqdm.write(f"WARNING: left out: {'' if str(source) in reason else f'{source}: '}{reason}", sys.stderr)
+            named = "" if reason.startswith(str(source)) else f"{source}: "
+            tqdm.write(f"WARNING: left out: {named}{reason}", sys.stderr)
     if left_out:
         others = "; the others are written" if left_out < len(pairs) else ""
         raise UserError(f"{left_out} of {len(pairs)} pictures were left out, see above{others}")

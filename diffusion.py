@@ -99,18 +99,19 @@ SAMPLERS = {"euler": euler, "heun": heun}  # to add one: a function of (model, x
 # ---- the noise level of an image ---------------------------------------------------------------------------------
 
 
-def estimate_sigma(model, x_t, T, iterations=9):
+def estimate_sigma(model, x_t, T, iterations=9, highest=None):
     """The noise level of each image from the image alone, (B,), for white noise.
 
     It is the level of greatest likelihood. The density p of the noisy images obeys the heat equation, dp/dsigma =
     sigma * laplacian(p), and its score is -eps_hat / sigma; hence d log p / dsigma = |eps_hat|^2 / sigma - div eps_hat.
-    The root is found by bisection of 0 < t < T, of which each iteration halves the error: an answer next to either end
-    means "at most" or "at least" that level. The divergence is Hutchinson's estimate (1990) with one fixed random
-    probe. The model, called twice per iteration, must know the time step and be differentiable almost everywhere.
+    The root is found by bisection of 0 < t < highest, by default T, of which each iteration halves the error: an answer
+    next to either end means "at most" or "at least" that level. The divergence is Hutchinson's estimate (1990) with one
+    fixed random probe. The model, called twice per iteration, must know the time step and be differentiable almost
+    everywhere.
     """
     probe = 2 * torch.randint(2, x_t.shape, generator=torch.Generator().manual_seed(0)).to(x_t) - 1
     low = torch.zeros(len(x_t), device=x_t.device)
-    high = torch.full_like(low, T)
+    high = torch.full_like(low, T if highest is None else highest)
     for _ in range(iterations):
         t = (low + high) / 2
         sigma = noise_level(t, T)

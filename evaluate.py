@@ -23,6 +23,7 @@ import denoise
 import diffusion
 from config import Setting, UserError, name_ending, whole
 from support import checkpoint, classical, device, figures, files, held_out, measure, metrics, script, streams, tables
+from support.datasets import folder
 from support.measure import LITERATURE, Job, network, noisy
 from visualize import load_run
 
@@ -144,6 +145,8 @@ def main():
         raise UserError(f"whole pictures are denoised in one step; leave --{stray} out, or measure crops (--no-whole)")
     if pictures:
         source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
+        if not folder.is_sorted(cfg.data_dir):
+            source += ", a fixed tenth of it (to choose others, sort it into train/ and test/)"
         images = measure.middles(pictures, cfg.crop_size, held_out.SAMPLE)
     else:
         images, source = data.load("test", cfg)

@@ -105,9 +105,11 @@ def contenders_of(path):
     if not all(isinstance(pair, tuple) and [*map(type, pair[1:])] == [dict] and callable(pair[0]) for pair in pairs):
         raise UserError(f'{path} must define CONTENDERS = {{"name": (factory, settings)}}')
     for name, (_, settings) in found.items():
-        if unknown := settings.keys() - train.SETTINGS.keys():
-            raise UserError(f"{path}: {name} has the setting {min(unknown)}, which train.py does not have")
-        config.check(settings, train.SETTINGS, path)
+        for key, value in settings.items():
+            if key not in train.SETTINGS:
+                raise UserError(f"{path}: {name} has the setting {key}, which train.py does not have")
+            if not config.allows(train.SETTINGS[key], value):
+                raise UserError(f"{path}: {name} has {key} = {value}, which is out of range")
     return CONTENDERS | found
 
 

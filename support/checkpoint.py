@@ -43,6 +43,7 @@ GLOBALS = {
     *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
     *("torch FloatStorage", "torch HalfStorage", "torch LongStorage"),
 }
+KNOWN = unet.SETTINGS | data.SETTINGS | data.NOISE  # the settings by which a network is built, fed and used
 DEEPEST = 10  # levels of dicts and lists inside one another
 
 
@@ -173,7 +174,7 @@ def open_lock(path):
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def load(path, needs=(), settings=unet.SETTINGS | data.SETTINGS | data.NOISE):
+def load(path, needs=(), settings=KNOWN):
     """The dict that `save` wrote, its tensors contiguous, on the CPU.
 
     needs: the entries that must be there. settings: what the saved config is held to. Raises DamagedError if the file
@@ -189,7 +190,7 @@ def load(path, needs=(), settings=unet.SETTINGS | data.SETTINGS | data.NOISE):
         missing = {"model", *needs} - state.keys()
         if missing:
             raise CheckpointError(f"{path} lacks what is needed here ({', '.join(sorted(missing))}); use another one")
-        entries.check(state, unet.SETTINGS | settings)
+        entries.check(state, settings)
         return copied(state)
 
 
@@ -201,15 +202,15 @@ def verify(path, state):
         raise DamagedError(f"{path} is damaged: its checksum is wrong; use another one")
 
 
-def load_newest(folder, needs=()):
-    """(path, state) of the newest checkpoint of a folder; passes over a damaged one with a warning.
+def load_newest(folder, needs=(), settings=KNOWN):
+    """(path, state) of the newest checkpoint of a folder, see `load`; passes over a damaged one with a warning.
 
     Raises NoCheckpointError if there is none at all, CheckpointError if all are damaged or one cannot be used.
     """
     newest(folder)  # raises if there is none
     for path in reversed(in_folder(folder)):
         try:
-            return path, load(path, needs=needs)
+            return path, load(path, needs, settings)
         except DamagedError as error:
             print(f"WARNING: {error}", file=sys.stderr)
     raise CheckpointError(
@@ -220,8 +221,7 @@ def load_newest(folder, needs=()):
 def load_model(path, device):
     """(model, trained): the network, in evaluation mode on `device`, and its settings, a frozen cfg.
 
-    `trained` has all of unet.SETTINGS, data.SETTINGS and data.NOISE, at their defaults where the file lacks them.
-    Raises CheckpointError.
+    `trained` has all settings that are KNOWN, at their defaults where the file lacks them. Raises CheckpointError.
     """
     with errors_naming(path):
         state = load(path)
@@ -231,7 +231,7 @@ def load_model(path, device):
         weights = {name: state["model"][name].to(like.dtype) for name, like in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)
         saved = {name: entries.as_tuple(value) for name, value in state["config"].items()}
-        trained = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, **saved)
+        trained = config.defaults(KNOWN, **saved)
     return model.to(device, memory_format=memory_format(device)).eval(), trained
 
 

@@ -54,8 +54,8 @@ def held_out_batch(cfg, images, start):
 
 
 def levels(k, cfg):
-    """t of T-1 levels in which the loss is measured, k from 0 to T-2: the integers, or as many out of cfg.sigma_range,
-    as often as in training."""
+    """t of the T-1 levels at which the loss is measured, k from 0 to T-2: the integers, or as many quantiles of
+    cfg.sigma_range as they are drawn in training."""
     return data.level_in_range((k + 0.5) / (cfg.noise_steps - 1), cfg) if cfg.sigma_range else 1 + k
 
 

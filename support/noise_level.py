@@ -1,6 +1,6 @@
 """The noise level of a picture from the picture alone, for noise that need not be white.
 
-    level = estimate(pixels, model, T)      # level.sigma, and a range: level.low, level.high
+    level = estimate(pixels)      # level.sigma, and a range: level.low, level.high
 
 A small regression network, model/noise_level.pth, reads the level off statistics of the picture's blocks: how much
 energy the flattest of them have in each band of frequencies, in luma and in chroma, and how it rises to the others. It
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import diffusion
 from diffusion import GREY_LEVELS
 from support import checkpoint
 from support.device import memory_format
@@ -48,19 +47,23 @@ class Level(NamedTuple):
     high: float
 
 
-def estimate(pixels, model=None, T=None, device="cpu"):
+def estimate(pixels, likelihood=None, device="cpu"):
     """The Level of an array (C, H, W) of any size: C is 3, or 1 for grey; uint8, uint16, or float in [-1, 1].
 
-    model: a model(x, t) of images of C channels that knows the time step, T their number; None: statistics alone. Noise
-    that differs between channels has the root mean square of their levels, noise that depends on the brightness the
-    level of the flattest places. Time and memory are bounded. Raises CheckpointError without usable WEIGHTS.
+    likelihood: the level of greatest likelihood as a function of x (1, C, H, W) in [-1, 1], both on that scale, see
+    diffusion.estimate_sigma; None: statistics alone decide. Noise that differs between channels has the root mean
+    square of their levels, noise that depends on the brightness the level of the flattest places. Time and memory are
+    bounded. Raises CheckpointError without usable WEIGHTS.
     """
     parts = windows(pixels)
     features, count = statistics(parts)
     levels = regression().levels(features) if features is not None else np.zeros(len(OUTPUTS))
-    if model is not None and len(parts) == 1 and count < FEW and levels[0] > 0:
-        # The network finds a little noise even where there is none.
-        sigma = min(likelihood(model, parts[0], T, device), 2 * levels[0])
+    if likelihood and len(parts) == 1 and count < FEW and levels[0] > 0:
+        x = (torch.from_numpy(parts[0][None]).to(device) / GREY_LEVELS - 1).contiguous(
+            memory_format=memory_format(device)
+        )
+        # The likelihood may have a maximum too many, and finds a little noise even where there is none.
+        sigma = np.clip(GREY_LEVELS * likelihood(x).item(), 0.4 * levels[0], 2 * levels[0])
         levels = sigma * np.array([1, 0.93, 1.07])
     return Level(*(float(level) / GREY_LEVELS for level in levels))
 
@@ -84,12 +87,6 @@ def windows(pixels):
     parts = [np.pad(part.astype(np.float32) * unit + zero, room, "symmetric") for part in parts]
     height, width = (n // JPEG_BLOCK * JPEG_BLOCK for n in parts[0].shape[1:])
     return [part[:, :height, :width] for part in parts]
-
-
-def likelihood(model, part, T, device):
-    """The noise level of greatest likelihood of a part (C, H, W), both on the 0-255 scale."""
-    x = (torch.from_numpy(part[None]).to(device) / GREY_LEVELS - 1).contiguous(memory_format=memory_format(device))
-    return GREY_LEVELS * diffusion.estimate_sigma(model, x, T).item()
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------
@@ -201,6 +198,6 @@ def regression():
         state = checkpoint.read(WEIGHTS)
         checkpoint.verify(WEIGHTS, state)
         model.load_state_dict(state["model"])
-    except (checkpoint.DamagedError, RuntimeError, KeyError, TypeError):
-        raise checkpoint.CheckpointError(f"{WEIGHTS} is damaged, or of another version; restore it") from None
+    except (checkpoint.CheckpointError, RuntimeError, KeyError, TypeError):
+        raise checkpoint.CheckpointError(f"{WEIGHTS} is missing, damaged or of another version; restore it") from None
     return model.eval()

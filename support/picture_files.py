@@ -115,8 +115,9 @@ def options_for(image, path):
             lost.append(name)
         elif data:
             options[key] = data
-    if "dpi" in image.info and not trial(strips[0], options | {"dpi": image.info["dpi"]}):
-        options["dpi"] = image.info["dpi"]
+    dpi = image.info.get("dpi")
+    if isinstance(dpi, tuple) and not trial(strips[0], options | {"dpi": dpi}):  # a text of that name is none
+        options["dpi"] = dpi
     return options, lost
 
 
@@ -126,7 +127,7 @@ def bare(image, path):
     white, image.info = image.info.get("white"), {}
     if image.mode == "I;16" and path.suffix.lower() not in DEEP:
         return pictures.to_8_bits(image)
-    if white:
+    if image.mode == "I;16" and white:
         return Image.fromarray((np.asarray(image) * (white / 65535)).round().astype(np.uint16))
     return image
 

@@ -142,6 +142,7 @@ def drop_text(image, path):
     for name in ("exif", "transparency"):
         if isinstance(image.info.get(name), str):
             del image.info[name]
+    image.info.pop("white", None)  # see `read`
     if "icc_profile" in image.info and not is_profile(image.info["icc_profile"]):
         del image.info["icc_profile"]
         say_once(path, "its colour profile is damaged and is ignored")

@@ -29,7 +29,7 @@ def unpack(image):
         pixels, pack = image.detach(), torch.Tensor.contiguous  # not a view of one grey plane
     else:
         kind = getattr(image, "dtype", type(image).__name__)
-        raise ValueError(f"a Pillow image, a NumPy array or a tensor, uint8, uint16 or floating, is needed, not {kind}")
+        raise ValueError(f"a Pillow image, a NumPy array or a tensor (uint8, uint16 or floating) is needed, not {kind}")
     if pixels.dim() != 3 or len(pixels) not in (1, 3) or not pixels.numel():
         raise ValueError(f"an image of 1 or 3 channels is needed, not an array of the shape {tuple(image.shape)}")
     if pixels.dtype not in WHITE and not pixels.abs().max() < BEYOND:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-import config
 import data
 import unet
 from config import UserError
@@ -60,13 +59,13 @@ def begin(cfg, settings):
     saved, there = None, checkpoint.in_folder(cfg.out_dir)
     if cfg.resume == "auto":
         try:
-            path, saved = checkpoint.load_newest(cfg.out_dir, NEEDS)
+            path, saved = checkpoint.load_newest(cfg.out_dir, NEEDS, settings)
             cfg, there = dataclasses.replace(cfg, resume=str(path)), []  # what is newer is damaged
         except checkpoint.NoCheckpointError:
             if lock:
                 print(f"{cfg.out_dir} holds no checkpoint yet: a new run starts")
     elif cfg.resume is not None:
-        saved = checkpoint.load(cfg.resume, needs=NEEDS)
+        saved = checkpoint.load(cfg.resume, NEEDS, settings)
         if Path(cfg.out_dir).resolve() == Path(cfg.resume).resolve().parent:
             reached = checkpoint.epoch_and_step(cfg.resume) or (saved["epoch"], 0)
             there = [path for path in there if checkpoint.epoch_and_step(path) > reached]
@@ -85,7 +84,6 @@ def settings_of(saved, cfg, settings):
     """
     usual = {name: setting.default for name, setting in settings.items()} | CHANGED
     values = {name: entries.as_tuple(saved["config"].get(name, usual[name])) for name in settings.keys() - PER_START}
-    config.check(values, settings, cfg.resume)
     for name in cfg.given & values.keys() - MAY_CHANGE:
         typed = getattr(cfg, name)
         if typed not in ("auto", values[name]):
@@ -254,7 +252,7 @@ class Run:
             try:
                 figures.comparison_grid(self.model, self.images.test, cfg.noise_steps, path)
             except (OSError, UserError) as error:
-                self.world.warn(f"{path} could not be saved ({error}); training goes on")
+                self.world.warn(f"{path} could not be saved ({reason(error)}); training goes on")
                 return
             self.world.say(f"figure saved: {path}")
             self.to_loggers(lambda logger: logger.figure(path, row["step"]))
@@ -297,7 +295,7 @@ class Run:
         try:
             checkpoint.save(path, state)
         except OSError as error:
-            self.unsaved = f"{path} could not be saved ({error})"
+            self.unsaved = f"{path} could not be saved ({reason(error)})"
             world.warn(f"{self.unsaved}; training goes on, the next save tries again")
             return False
         world.say(f"model saved: {path}")
@@ -340,6 +338,11 @@ def prune(saved, finished):
     inside = [old for old in checkpoint.in_folder(saved.parent) if checkpoint.epoch_and_step(old)[1] < math.inf]
     so_far = [old for old in inside if checkpoint.epoch_and_step(old) <= checkpoint.epoch_and_step(saved)]
     delete(inside if finished else so_far[:-2])
+
+
+def reason(error):
+    """Why a file could not be written, without its name."""
+    return getattr(error, "strerror", None) or error
 
 
 def delete(paths):

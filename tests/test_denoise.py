@@ -222,7 +222,21 @@ def test_grey_pictures_gain_as_much_with_either_of_the_weights_provided(sigma, s
     assert found["photo", sigma] > found["unet32", sigma] - 1, found
 
 
-def test_a_network_may_use_its_input_again():
+def test_small_grey_pictures_are_not_taken_for_noisier_than_the_network_knows():
+    small = leaves.dead_leaves(8, torch.Generator().manual_seed(3)).float().mean(dim=1, keepdim=True)
+    noisy = small + 90 * torch.randn(small.shape, generator=torch.Generator().manual_seed(4))
+    network = denoise.load(checkpoint.SHIPPED)
+    for one in noisy.round().clamp(0, 255).to(torch.uint8):
+        assert 127.5 * denoise.run(network, one).level.sigma < 127.5 / math.sqrt(3) + 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_that_does_not_know_t_leaves_the_level_to_the_statistics(channels, weights):
+    found = denoise.run(denoise.load(weights["plain"]), torch.from_numpy(noise(channels, 40, 40))).level
+    assert found == denoise.noise_level.estimate(noise(channels, 40, 40))
+
+
+def test_a_network_may_use_its_input_again(monkeypatch):
     """Its layers are called as they are: an activation must not be made to overwrite what the network still needs."""
 
     class PreActivation(nn.Module):
@@ -234,9 +248,9 @@ def test_a_network_may_use_its_input_again():
             return x + self.relu(x)
 
     x = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
-    model = PreActivation().eval()
-    expected = diffusion.denoise(model, x, torch.tensor([2.0]), T)[0]
-    torch.testing.assert_close(denoise.run(network(model), x[0], 0.2).clean, expected)
+    expected = diffusion.denoise(PreActivation(), x, torch.tensor([2.0]), T)[0]
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (PreActivation().eval(), CFG))
+    torch.testing.assert_close(denoise.run(denoise.load("any.pth"), x[0], 0.2).clean, expected)
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
@@ -352,7 +366,7 @@ def test_python_is_left_as_it_was(weights):
         (np.zeros((4, 4), np.int64), "floating, of at most 64 bits, not int64"),
         (np.full((4, 4), 255.0), r"floats must be in \[0, 1\]"),
         (np.full((4, 4), np.nan), "without NaN"),
-        (torch.zeros(3, 4, 4, dtype=torch.int64), "floating, is needed, not torch.int64"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "floating\\) is needed, not torch.int64"),
         (np.zeros((4, 4), np.longdouble), "of at most 64 bits, not"),
         (torch.full((3, 4, 4), 200.0), r"a tensor in \[-1, 1\]"),
         (torch.zeros(4, 4), "1 or 3 channels"),
@@ -620,6 +634,16 @@ def test_16_bits_come_back_in_the_range_that_they_had(highest, ending, run):
     assert np.asarray(Image.open("b.jpg")).max() > 240
 
 
+def test_texts_in_a_file_are_not_taken_for_what_pillow_finds_there(run):
+    texts = PngImagePlugin.PngInfo()
+    for key in ("white", "dpi", "exif", "transparency"):
+        texts.add_text(key, "300")
+    write("a.png", noise(8, 8), pnginfo=texts)
+    write("deep.png", noise(8, 8, dtype=np.uint16), pnginfo=texts)
+    for name, ending in itertools.product(("a", "deep"), ("png", "bmp", "tif")):
+        assert run(f"{name}.png", "-o", f"b_{name}.{ending}", "--sigma", 25) == 0
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
 def test_the_resolution_of_a_scan_stays(ending, run):
     write("a.png", noise(8, 8, 3), dpi=(300, 300))
@@ -730,7 +754,8 @@ def test_it_says_when_almost_nothing_was_removed(run, capsys):
 )
 def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
     trained = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, **settings)
-    noisy, clean = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    noisy, clean = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    noisy[1] = 0.5  # colours
     model = network(None)._replace(trained=trained)
 
     def doubt(sigma):
@@ -746,6 +771,9 @@ def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
     model = model._replace(path=checkpoint.PHOTO)
     assert doubt(1.2 * high).endswith("use --weights model/unet32.pth, which knows stronger noise")
     assert doubt(0.4 * low).endswith("give another --sigma")
+    noisy[:] = 0.5  # grey, of which the other network knows less
+    noisy = noisy[:1]
+    assert doubt(1.2 * high).endswith("give another --sigma")
 
 
 def blocks(array, y, x, size, scale):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import benchmarks.fit_noise_level
+import diffusion
 from benchmarks import noise_level as benchmark
 from diffusion import GREY_LEVELS
 from support import checkpoint, noise_level
@@ -93,7 +94,7 @@ def test_a_small_picture_is_left_to_the_likelihood():
         level = (t / T)[:, None, None, None]
         return level * x / (s**2 + level**2)
 
-    level = noise_level.estimate(x, optimal_eps, T)
+    level = noise_level.estimate(x, lambda x: diffusion.estimate_sigma(optimal_eps, x, T))
     assert level.sigma == pytest.approx(np.sqrt(x.var() - s**2), rel=0.05)
     assert level.low < level.sigma < level.high
 
@@ -140,23 +141,30 @@ def test_examples_are_pictures_with_noise(picture, seed):
 def test_missing_weights_are_named(monkeypatch, tmp_path, picture):
     monkeypatch.setattr(noise_level, "WEIGHTS", tmp_path / "noise_level.pth")
     monkeypatch.setattr(noise_level, "regression", noise_level.regression.__wrapped__)
-    with pytest.raises(CheckpointError, match=r"noise_level\.pth does not exist"):
+    message = r"noise_level\.pth is missing, damaged or of another version; restore it"
+    with pytest.raises(CheckpointError, match=message):
         noise_level.estimate(picture)
     noise_level.WEIGHTS.write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match=r"noise_level\.pth is damaged"):
+    with pytest.raises(CheckpointError, match=message):
         noise_level.estimate(picture)
     state = checkpoint.read(checkpoint.NOISE_LEVEL)
     checkpoint.save(noise_level.WEIGHTS, {"model": {}})
-    with pytest.raises(CheckpointError, match=r"noise_level\.pth is damaged, or of another version; restore it"):
+    with pytest.raises(CheckpointError, match=message):
         noise_level.estimate(picture)
     state["model"]["layers.0.bias"][7] += 1  # the checksum is that of the bits before
     torch.save(state, noise_level.WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"noise_level\.pth is damaged, or of another version; restore it"):
+    with pytest.raises(CheckpointError, match=message):
+        noise_level.estimate(picture)
+    del state["checksum"]  # as before version 3.3
+    torch.save(state, noise_level.WEIGHTS)
+    with pytest.raises(CheckpointError, match=message):
         noise_level.estimate(picture)
 
 
-@pytest.mark.parametrize("size, factor", [(87, 2), (88, 1)])
-def test_below_88_pixels_the_likelihood_decides_up_to_twice_the_statistics(size, factor):
+@pytest.mark.parametrize("size, most, least", [(87, 2, 0.4), (88, 1, 1)])
+def test_below_88_pixels_the_likelihood_decides_within_bounds(size, most, least):
     pixels = np.random.default_rng(0).integers(100, 140, (3, size, size)).astype(np.uint8)
-    loud = noise_level.estimate(pixels, lambda x, t: 10 * torch.ones_like(x), T)
-    assert loud.sigma == pytest.approx(factor * noise_level.estimate(pixels).sigma)
+    statistics = noise_level.estimate(pixels).sigma
+    for likely, factor in ((1.0, most), (0.001, least)):
+        found = noise_level.estimate(pixels, lambda x, likely=likely: torch.tensor([likely])).sigma
+        assert found == pytest.approx(factor * statistics)

@@ -107,19 +107,20 @@ def files(split, cfg):
     root = Path(cfg.data_dir)
     if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder; --data-dir must name a folder of images")
-    if os.path.isdir(root / "train") and os.path.isdir(root / "test"):
+    if is_sorted(root):
         root = root / split
         names = pictures.image_files(root)
     else:
-        train, test = hold_out(pictures.image_files(root))
-        if split == "test":
-            share = f"{len(test):,} of its {len(train) + len(test):,} pictures are held out"
-            pictures.say_once(root, f"{share}; where it has folders train/ and test/, those are the splits")
-        names = test if split == "test" else train
+        names = hold_out(pictures.image_files(root))[split == "test"]
     if not names:
         raise DataError(f"no {split} images in {root}; put at least two image files there (.png, .jpg, ...)")
     chosen = choice(len(names), cfg.limit)
     return [(name, root / name) for name in (names if chosen is None else [names[i] for i in chosen])]
+
+
+def is_sorted(root):
+    """Whether a folder has its own splits."""
+    return os.path.isdir(Path(root, "train")) and os.path.isdir(Path(root, "test"))
 
 
 def hold_out(names):
