@@ -38,7 +38,9 @@ def number(kind, low, high=math.inf, above=False):
             value = math.nan
         if not (value > low if above else value >= low) or not value <= high or math.isinf(value):
             what = "a whole number" if kind is int else "a number"
-            limits = f"above {low}" if above else f"of at least {low}" if math.isinf(high) else f"from {low} to {high}"
+            limits = f"{'above' if above else 'of at least'} {low}" + (
+                f" and at most {high}" if high < math.inf else ""
+            )
             raise argparse.ArgumentTypeError(f"must be {what} {limits}, not {text!r}")
         return value
 

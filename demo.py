@@ -40,7 +40,7 @@ def clean(path, estimated, sigma, strength, network, max_pixels, folder):
     sigma: on the 0-255 scale, ignored if it is to be estimated. Raises UserError.
     """
     image = pictures.read(path, max_pixels, pixels.writable)
-    target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(path).stem[:80]}_denoised.png"
+    target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(path).stem[:60]}_denoised.png"
     options, _ = picture_files.options_for(image, target)
     noisy, pack = pixels.unpack(image)
     given = None if estimated else sigma

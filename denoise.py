@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import config
 import diffusion
-from config import REQUIRED, Setting, UserError, file_name, positive, whole
+from config import REQUIRED, Setting, UserError, file_name, number, whole
 from diffusion import GREY_LEVELS
 from support import (
     checkpoint,
@@ -43,11 +43,13 @@ from support import (
 )
 from support.noise_level import Level
 
+LARGEST = 1000
+up_to_largest = number(float, 0, LARGEST, above=True)
 SETTINGS = {
     "inputs": Setting(REQUIRED, file_name, "picture files, or folders of them", count="+"),
     "output": Setting(REQUIRED, file_name, "picture file to write, or folder for several", flag="-o"),
-    "sigma": Setting(None, positive, "standard deviation of the noise, 0-255 scale; None: estimated"),
-    "strength": Setting(1, positive, "factor of the noise level that is assumed; more: smoother, less: more detail"),
+    "sigma": Setting(None, up_to_largest, "standard deviation of the noise, 0-255 scale; None: estimated"),
+    "strength": Setting(1, up_to_largest, "factor of the noise level that is assumed: more is smoother, less sharper"),
     "steps": Setting(1, whole(1, 1000), "denoising steps; 1: the best PSNR, more: sharper"),
     "weights": Setting(None, file_name, "checkpoint; None: model/photo.pth, or model/unet32.pth if that is absent"),
     "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
@@ -76,8 +78,8 @@ def denoise(image, sigma=None, strength=1, weights=None):
     checkpoint; None: the best there are. Raises ValueError for other images and settings, CheckpointError, and
     UserError for a large image where the network must see it as a whole.
     """
-    if not 0 < strength < math.inf or not (sigma is None or 0 < sigma < math.inf):
-        raise ValueError("sigma and strength must be positive and finite")
+    if not (0 < strength <= LARGEST and (sigma is None or 0 < sigma <= LARGEST)):
+        raise ValueError(f"sigma and strength must be above 0 and at most {LARGEST}")
     if isinstance(image, torch.Tensor) and image.dim() == 4 and len(image):
         return torch.stack([denoise(one, sigma, strength, weights) for one in image])
     noisy, pack = pixels.unpack(image)

@@ -110,7 +110,7 @@ def estimate_sigma(model, x_t, T, iterations=9, highest=None):
     everywhere.
     """
     probe = 2 * torch.randint(2, x_t.shape, generator=torch.Generator().manual_seed(0)).to(x_t) - 1
-    low = torch.zeros(len(x_t), device=x_t.device)
+    low = x_t.new_zeros(len(x_t))
     high = torch.full_like(low, T if highest is None else highest)
     for _ in range(iterations):
         t = (low + high) / 2

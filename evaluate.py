@@ -80,6 +80,10 @@ def evaluate_images(cfg, networks, knows_level, images):
 @torch.inference_mode()
 def evaluate_pictures(cfg, networks, blind, pictures, place):
     """The tables for whole pictures, see data.whole_pictures. blind: x0_hat of x_t with unknown noise; or None."""
+    if cfg.baselines and any(min(read().shape[1:]) < classical.BLOCK for read in pictures[: cfg.baselines]):
+        raise UserError(
+            f"BM3D needs {classical.BLOCK}x{classical.BLOCK} pixels; leave smaller pictures or --baselines out"
+        )
     every = len(pictures)
     denoisers = {"noisy": (every, noisy)} | {name: (every, network(*net)) for name, net in networks.items()}
     if cfg.baselines and "BM3D" in (methods := classical.methods()):
@@ -122,7 +126,9 @@ def report(cfg, about, made):
     try:
         for path, content in ((cfg.json, document), (cfg.markdown, text)):
             if path:
-                files.write_atomically(path, lambda file, c=content: file.write(c.encode()), replace=cfg.overwrite)
+                files.write_atomically(
+                    path, lambda file, c=content: file.write(c.encode(errors="replace")), replace=cfg.overwrite
+                )
                 print(f"tables saved: {path}")
     except FileExistsError:  # it was not there at the start
         raise UserError(f"{path} was created meanwhile and is not replaced; the tables are printed above") from None

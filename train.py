@@ -124,8 +124,8 @@ def make_optimizer(cfg, model):
     return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
 
 
-def check_noise(cfg):
-    """Raises UserError for settings of the noise that contradict each other."""
+def check_settings(cfg):
+    """Raises UserError for settings that contradict each other, or of which one would be ignored."""
     if cfg.sigma_range and not cfg.sigma_range[0] < cfg.sigma_range[1]:
         raise UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
     if cfg.sigma_power and not cfg.sigma_range:
@@ -134,12 +134,16 @@ def check_noise(cfg):
         raise UserError("the levels of --sigma-range are continuous already; leave --continuous-t out")
     if "noise_shares" in cfg.given and cfg.noise != "mixed":
         raise UserError("--noise-shares are those of --noise mixed; give that too")
+    if "flip" in cfg.given and cfg.augment:
+        raise UserError("--augment mirrors and rotates, in place of --flip; give one of them")
+    if "recycle" in cfg.given and cfg.recycle and cfg.model == "plain":
+        raise UserError("--recycle is for networks of residual blocks, not --model plain; leave it out")
 
 
 def main():
     memory.keep_freed_memory()  # for the next step
     cfg, saved, folder = begin(config.parse(__doc__, SETTINGS, PRESETS), SETTINGS)
-    check_noise(cfg)
+    check_settings(cfg)
     world = join(cfg.device, cfg.batch_size)
     precision = str(device.pick_precision(cfg.precision, world.device)).removeprefix("torch.")
     # Rank 0's answer for all: a download can fail on one machine and not on another.

@@ -22,7 +22,7 @@ SETTINGS = data.SETTINGS | {
     "out_dir": Setting("model", config.file_name, "folder of the run; figures go to its res/"),
     "images":  Setting(6, whole(1, 40), "test images in the figure"),
     "strip":   Setting(False, bool, "draw 1, 2, 3 and t denoising steps from noise level t, not the grid"),
-    "t":       Setting(5, whole(), "time step of the noise in the strip, from 1 to T-1"),
+    "t":       Setting(None, whole(), "time step of the noise in the strip, from 1 to T-1; None: T / 2"),
     "curves":  Setting(False, bool, "draw the loss curves of log.csv in out_dir, not the grid"),
     "device":  device.SETTINGS["device"],
 }  # fmt: skip
@@ -74,13 +74,14 @@ def draw_images(cfg):
     """Draw the grid or the strip; returns the figure's path. Raises UserError."""
     weights, model, trained, cfg = load_run(cfg)
     T = trained.noise_steps
-    if cfg.strip and cfg.t >= T:
-        raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")
+    level = cfg.t or T // 2
+    if level >= T:
+        raise UserError(f"--t {level} is outside 1 ... {T - 1}; lower it")
     path = script.figure_path(cfg.out_dir, f"{'steps' if cfg.strip else 'comparison_result'}_{weights.stem}.png")
     images, source = data.load("test", cfg)
     print(f"data: {source}; weights: {weights}")
     if cfg.strip:
-        figures.steps_strip(model, images, T, cfg.t, path, cfg.images)
+        figures.steps_strip(model, images, T, level, path, cfg.images)
     else:
         figures.comparison_grid(model, images, T, path, cfg.images)
     return path

@@ -36,13 +36,13 @@ WHERE_THE_IMAGES_ARE = {"dataset", "data_dir"}
 
 
 def command(saved):
-    """The train.py command of a checkpoint's config, a dict: what differs from its preset, but where the images are."""
+    """The train.py command of a checkpoint's config, a dict: what differs from its preset, but data_dir."""
     usual = {name: setting.default for name, setting in train.SETTINGS.items()} | {"preset": saved.get("preset")}
     usual |= train.PRESETS.get(saved.get("preset"), {})
     flags = [] if saved.get("preset", "default") == "default" else ["--preset", saved["preset"]]
     for name, value in saved.items():
         value = entries.as_tuple(value)
-        if name not in usual or name in WHERE_THE_IMAGES_ARE or value == usual[name]:
+        if name not in usual or name == "data_dir" or value == usual[name]:
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):

@@ -12,6 +12,7 @@ another but the checksum right, must be refused with one line or load without an
 
 import contextlib
 import copy
+import itertools
 import math
 import os
 import random
@@ -117,7 +118,9 @@ def kill_runs(kills):
     )
     counts = dict.fromkeys(names, 0)
     with tqdm(total=kills, desc="kills") as bar:
-        for run in range(kills):  # more than there can be
+        for run in itertools.count():
+            if counts["kills"] >= kills:
+                break
             folder = Path(f"run{run}")
             if overwrite := run % 2 == 1:
                 shutil.copytree("older", folder)

@@ -27,7 +27,7 @@ from config import Setting, UserError, whole
 from support import device, files, pictures, script
 
 SETTINGS = reference.DATA | {
-    "limit": Setting(None, whole(16), "training images of a round; None: 3,200 on the CPU, else 50,000"),
+    "limit": Setting(None, whole(64), "training images of a round; None: 3,200 on the CPU, else 50,000"),
     "rounds": Setting(5, whole(), "measurements of each recipe"),
     "device": device.SETTINGS["device"],
     "out_dir": Setting("model", config.file_name, "folder for the numbers (in res/)"),

@@ -59,6 +59,7 @@ def recycle_block(model, block, optimizer, x_t, t, random):
     h = h[:, off] - bias[off, None, None]
     mean, opened = h.mean(dim=(0, 2, 3)), torch.relu(h - h.mean(dim=(0, 2, 3), keepdim=True))
     scale = STRENGTH * shortcut[:, off].std(dim=(0, 2, 3)) / opened.std(dim=(0, 2, 3))
+    scale = scale.nan_to_num(0, 0, 0)  # what is the same everywhere stays off
     weight[off] *= scale[:, None, None, None]
     bias[off] = -scale * mean
     if isinstance(block.shortcut, torch.nn.Conv2d):

@@ -87,6 +87,9 @@ def non_local_means(picture, sigma, patch, distance, h):
     return denoise_nl_means(picture, patch, distance, h * sigma, False, sigma, channel_axis=-1)
 
 
+BLOCK = 8  # pixels: BM3D compares blocks of this height and width
+
+
 def bm3d_in_colour(picture, sigma, **settings):
     """Dabov et al. 2007; gamma corrects for coloured noise and would take ten times as long."""
     import bm3d

@@ -57,8 +57,9 @@ def comparison_grid(model, images, T, path, count=6):
         rows += [
             (f"t = {level}\nnoisy", x_t, x0),
             ("1 step", diffusion.denoise(net, x_t, t, T), x0),
-            (f"{steps} steps", diffusion.denoise_steps(net, x_t, t, T, steps), x0),
         ]
+        if steps > 1:
+            rows.append((f"{steps} steps", diffusion.denoise_steps(net, x_t, t, T, steps), x0))
     model.train(was_training)
     grid(path, rows)
 

@@ -49,8 +49,9 @@ def in_parts(model):
 def held_out_batch(cfg, images, start):
     """x0, t and eps of TEST_BATCH test images or fewer, of which the first is the start-th."""
     x0 = data.scale(images[start : start + data.TEST_BATCH])
-    t = levels(torch.arange(start, start + len(x0), device=x0.device) % (cfg.noise_steps - 1), cfg)
-    return x0, t, data.held_out_noise(x0, start)
+    k, count = torch.arange(start, start + len(x0), device=x0.device), cfg.noise_steps - 1
+    k = k % count if len(images) >= count else k * count // len(images)  # a few images: levels over the whole range
+    return x0, levels(k, cfg), data.held_out_noise(x0, start)
 
 
 def levels(k, cfg):

@@ -63,7 +63,7 @@ def band_power(x):
     """Power in each of BANDS, mean over channels, (B, 3): the radial power spectrum in three steps.
 
     Of images clipped to [-1, 1], without their mean, under a Hann window: edges of the frame are not detail. Zero for
-    constant images, and for sides of one or two pixels, which the window leaves nothing of.
+    constant images, and for sides of two pixels, which the window leaves nothing of.
     """
     x = x.float().clamp(-1, 1)
     height, width = (torch.hann_window(size, periodic=False, device=x.device) for size in x.shape[2:])

@@ -10,8 +10,11 @@ from PIL import Image
 from config import UserError
 from support import files, pictures
 
-DEEP = {".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
+DEEP = {".jp2", ".pgm", ".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
 LOSSY = {".jpg", ".jpeg", ".webp"}
+OPAQUE = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".ppm"}  # endings of files to which transparency is lost
+# Tags of EXIF data that say how the pixels of their file are stored; Pillow would write them into a TIFF file as its.
+LAYOUT = {*range(254, 267), *range(273, 282), 284, *range(317, 348), *range(512, 533)}
 
 # ---- where to ----------------------------------------------------------------------------------------------------
 
@@ -39,7 +42,8 @@ def plan(inputs, output, overwrite=False, extras=()):
         raise UserError(f"no pictures (.png, .jpg, ...) in {', '.join(inputs)}")
     if to_folder and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; several pictures need a folder to go to")
-    originals = {identity(source) for source, _ in pairs}
+    pairs = list(dict.fromkeys(pairs))  # overlapping patterns of the shell name a file twice
+    originals = {identity(source) for source, _ in pairs if source.exists()}
     source_of = {}
     for source, target in pairs:
         if target.suffix.lower() not in pictures.IMAGE_FILES:
@@ -107,10 +111,14 @@ def options_for(image, path):
         lost.append("depth of 16 bits")
     if image.mode.startswith("RGB") and ending == ".gif":
         lost.append("colours beyond 256")
+    if ending in OPAQUE and image.has_transparency_data:
+        lost.append("transparency")
     for key, name in (("icc_profile", "colour profile"), ("exif", "EXIF data")):
         data = image.info.get(key)
         if key == "icc_profile" and data and data[16:20] != space:  # made for other colours than these
             continue
+        if key == "exif" and data and options["format"] == "TIFF":
+            data = without_layout(data)
         if data and trial(strips[0], options | {key: data}):
             lost.append(name)
         elif data:
@@ -119,6 +127,18 @@ def options_for(image, path):
     if isinstance(dpi, tuple) and not trial(strips[0], options | {"dpi": dpi}):  # a text of that name is none
         options["dpi"] = dpi
     return options, lost
+
+
+def without_layout(exif):
+    """EXIF data without the tags of LAYOUT; as it is, if it is damaged."""
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+    except Exception:  # Pillow raises several kinds
+        return exif
+    for tag in LAYOUT & set(tags):
+        del tags[tag]
+    return tags.tobytes()
 
 
 def bare(image, path):

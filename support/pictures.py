@@ -23,8 +23,8 @@ IMAGE_FILES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", 
 CONVERTERS = dict.fromkeys([".avif", ".heic", ".heif", ".hif"], "heif-convert (of libheif) or ImageMagick")
 CONVERTERS |= dict.fromkeys([".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw"], "darktable-cli or RawTherapee")
 CONVERTERS |= dict.fromkeys([".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"], "darktable-cli or RawTherapee")
-SIGNED, WHITE_IS_ZERO = 2, 0  # values of SAMPLE_FORMAT and PHOTOMETRIC below
-BITS, PHOTOMETRIC, HIGHEST, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of a TIFF file
+SIGNED, WHITE_IS_ZERO, SEPARATE = 2, 0, 2  # values of SAMPLE_FORMAT, PHOTOMETRIC and PLANES below
+BITS, PHOTOMETRIC, HIGHEST, PLANES, SAMPLE_FORMAT = 258, 262, 281, 284, 339  # tags of a TIFF file
 said = set()  # texts that were printed, so that a folder of a thousand such files prints one line
 
 
@@ -102,6 +102,8 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
             drop_text(image, path)
             if has_frames(image):
                 say_once(path, "of an animation, or of several pages, only the first picture is read")
+            if misreads(image):
+                raise DataError(f"{path} has colours of 16 bits in separate planes; save it interleaved or compressed")
             if loses_bits(image):
                 say_once(path, "colours of more than 8 bits are read as 8 bits")
             image.load()
@@ -171,6 +173,13 @@ def loses_bits(image):
     if image.mode.startswith("I"):
         return False
     return any(";16" in str(args) or (codec.startswith("ppm") and args[1] > 255) for codec, _, _, args in image.tile)
+
+
+def misreads(image):
+    """Whether Pillow would take colours of 16 bits for colours of 8: of an uncompressed TIFF in separate planes."""
+    tags = getattr(image, "tag_v2", {})
+    planes = tags.get(PLANES) == SEPARATE and any(codec == "raw" for codec, *_ in image.tile)
+    return planes and max(tags.get(BITS, (8,))) > 8
 
 
 def standard(image, path):

@@ -30,7 +30,7 @@ PER_START = {"device", "compile", "out_dir", "resume", "overwrite", "loggers"}
 # A setting that was typed must not contradict the checkpoint, except these, which do not make it another run.
 MAY_CHANGE = PER_START | {"data_dir", "epochs", "save_model_epochs", "sample_every_epochs", "save_every_steps"}
 # For checkpoints that lack these settings: what earlier versions did, which is no longer the default.
-CHANGED = {"noise_shares": (1 / 3, 1 / 6), "recycle": 0}
+CHANGED = {"optimizer": "adamw", "noise_shares": (1 / 3, 1 / 6), "recycle": 0}
 NEEDS = ("optimizer", "epoch", "step", "log", "loss_sums", "seconds", "data")
 
 
@@ -147,8 +147,9 @@ class Run:
         about = self.images.about
         if saved["data"]["fingerprint"] != about["fingerprint"]:
             raise checkpoint.CheckpointError(
-                f"{cfg.resume} was trained on other images ({saved['data']['source']}) than these "
-                f"({about['source']}); give the same --dataset and --data-dir, or start anew in another --out-dir"
+                f"{cfg.resume} was trained on other images ({saved['data']['source']}; "
+                f"{saved['data'].get('test_source', 'test images')}) than these ({about['source']}; "
+                f"{about['test_source']}); give the same --dataset and --data-dir, or start anew in another --out-dir"
             )
         if not 0 <= saved["step"] - len(saved["log"]) * self.steps_per_epoch <= self.steps_per_epoch:
             raise checkpoint.CheckpointError(f"{cfg.resume} contradicts itself: its step is not in its epoch")

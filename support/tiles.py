@@ -91,9 +91,9 @@ def by_tiles(f, source, target, size, margin):
 
 def spans(length, size, margin):
     """[(start, end), ...]: the fewest parts of `length` that, with their margins, are no longer than `size`."""
-    if length <= size or margin == math.inf:
-        return [(0, length)]
     size = max(size, 4 * margin)
+    if length <= size:
+        return [(0, length)]
     inner = length - 2 * margin  # the first and the last part have one margin only
     count = math.ceil(inner / (size - 2 * margin))
     step = math.ceil(inner / count / MULTIPLE) * MULTIPLE

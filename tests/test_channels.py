@@ -48,6 +48,15 @@ def test_the_control_has_blocks_too(batch):
     assert model.training
 
 
+def test_channels_that_are_the_same_everywhere_are_left_off(batch):
+    model = network()
+    model.enc2.conv1.bias.data[:] = -100.0
+    for parameter in (*model.enc2.t_proj.parameters(), model.enc2.conv2.bias):
+        parameter.data.zero_()
+    channels.recycle(model, torch.optim.AdamW(model.parameters()), *batch, torch.Generator().manual_seed(1))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_every_block_of_a_level_is_counted(batch):
     model = UNet(widths=(8, 8, 16), t_dim=8, blocks=2)
     model.enc1.conv2.bias.data[:] = -100.0

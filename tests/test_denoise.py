@@ -166,6 +166,16 @@ def test_padding_reflects(shape):
 # ---- pixels ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("length", [300, 500, 1300, 2500])
+def test_any_number_of_steps_and_any_length(steps, length, small_unet):
+    """The margin grows with the steps, and may be wider than the picture."""
+    pixels = torch.from_numpy(noise(3, 8, length))
+    whole = denoise.run(network(small_unet, math.inf), pixels, 0.2, steps=steps).clean
+    in_tiles = denoise.run(network(small_unet, 24), pixels, 0.2, steps=steps).clean
+    assert (in_tiles.int() - whole.int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 50), (1, 50, 1), (3, 33, 35), (1, 33, 35)])
 def test_any_size_and_depth(shape, dtype):
@@ -381,9 +391,11 @@ def test_images_that_are_refused(image, message, weights):
         denoise.denoise(image, weights=weights["unet"])
 
 
-@pytest.mark.parametrize("settings", [dict(sigma=0), dict(sigma=math.inf), dict(strength=0), dict(sigma=math.nan)])
+@pytest.mark.parametrize(
+    "settings", [dict(sigma=0), dict(sigma=math.inf), dict(strength=1001), dict(strength=0), dict(sigma=math.nan)]
+)
 def test_settings_that_are_refused(settings, weights):
-    with pytest.raises(ValueError, match="must be positive and finite"):
+    with pytest.raises(ValueError, match="must be above 0 and at most 1000"):
         denoise.denoise(GREY, weights=weights["unet"], **settings)
 
 
@@ -581,7 +593,6 @@ REFUSED = {
     "in -o in": "the output in is inside the input in",
     "in -o in/out": "the output in/out is inside the input in",
     "empty -o x": "no pictures .* in empty",
-    "a.png a.png -o x": "a.png and a.png would both be written to x/a.png",
     "alpha.png -o x.jpg": "x.jpg cannot be written .*choose another ending",
     "wide.png -o x.gif": "x.gif cannot be written",
     "wide.png -o x.tga": "x.tga cannot be written",
@@ -632,6 +643,53 @@ def test_16_bits_come_back_in_the_range_that_they_had(highest, ending, run):
     assert b.mode == "I;16"
     np.testing.assert_allclose(np.asarray(b, float), ramp, atol=0.02 * highest)
     assert np.asarray(Image.open("b.jpg")).max() > 240
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {256: 4000, 257: 3000},
+        {256: 48, 257: 40, 274: 6},
+        {262: 5, 258: 8, 277: 4},
+        {262: 6},
+        {339: 2},
+        {273: 8, 279: 100, 322: 16},
+    ],
+)
+def test_what_exif_says_of_its_own_file_does_not_spoil_a_tiff(tags, run):
+    exif = Image.Exif()
+    for tag, value in {**tags, 271: "maker"}.items():
+        exif[tag] = value
+    write("a.jpg", noise(40, 48, 3), exif=exif)
+    assert run("a.jpg", "-o", "a.png", "--sigma", 25) == run("a.jpg", "-o", "a.tif", "--sigma", 25) == 0
+    a, b = Image.open("a.tif"), Image.open("a.png")
+    np.testing.assert_array_equal(a, b)
+    assert a.mode == "RGB" and a.getexif()[271] == "maker"
+
+
+def test_transparency_that_is_lost_is_said(run, capsys):
+    write("a.png", noise(8, 8, 4))
+    for ending, lost in {"bmp": True, "gif": True, "png": False, "tif": False, "webp": False}.items():
+        assert run("a.png", "-o", f"b.{ending}", "--sigma", 25) == 0
+        assert ("its transparency cannot be stored there" in capsys.readouterr().err) == lost
+
+
+@pytest.mark.parametrize("ending", ["jp2", "pgm"])
+def test_other_formats_of_16_bits(ending, run, capsys):
+    ramp = np.linspace(0, 65535, 80 * 80).reshape(80, 80).round().astype(np.uint16)
+    write("a.png", ramp)
+    assert run("a.png", "-o", f"b.{ending}", "--sigma", 0.1) == 0
+    b = np.asarray(Image.open(f"b.{ending}"), float)
+    np.testing.assert_allclose(b, ramp, atol=500)
+    assert len(np.unique(b)) > 1000 and "depth" not in capsys.readouterr().err
+
+
+def test_a_picture_named_twice_and_one_that_is_gone(run, capsys):
+    write("in/a.png", noise(8, 8, 3))
+    assert run("in/a.png", "./in/a.png", "-o", "out/", "--sigma", 25) == 0
+    Path("in/gone.png").symlink_to("nowhere.png")
+    assert run("in", "-o", "more", "--sigma", 25) == 1
+    assert os.listdir("more") == ["a.png"] and "1 of 2 pictures were left out" in capsys.readouterr().err
 
 
 def test_texts_in_a_file_are_not_taken_for_what_pillow_finds_there(run):

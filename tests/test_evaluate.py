@@ -481,6 +481,15 @@ def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
     torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4 * whole.std().item())
 
 
+def test_pictures_too_small_for_bm3d_are_refused_before_the_work(untrained, run_script, photographs, monkeypatch):
+    untrained("unet")
+    Image.new("RGB", (300, 5)).save(photographs / "test" / "0.png")
+    monkeypatch.setattr(classical, "methods", lambda: {"BM3D": [None]})
+    args = ("--dataset", "folder", "--data-dir", photographs, "--whole", "--baselines", 2)
+    code, _, err = run_script(*args)
+    assert code == 1 and "BM3D needs 8x8 pixels; leave smaller pictures or --baselines out" in err
+
+
 @pytest.mark.parametrize("flag", ["--steps", "--subset"])
 def test_settings_that_whole_pictures_have_no_use_for_are_refused(flag, untrained, run_script, photographs):
     untrained("unet")

@@ -169,6 +169,21 @@ def test_every_kind_of_picture(kind, tmp_path, capsys):
     assert said in printed if said else not printed
 
 
+def test_colours_of_16_bits_in_separate_planes_are_refused(tmp_path):
+    """Pillow 12.3 decodes them as if they had 8, if they are not compressed."""
+    pixels = np.linspace(0, 65535, 3 * 8 * 8).astype("<u2").reshape(3, 8, 8)
+    plane, start = 2 * 8 * 8, 8 + 2 + 12 * 9 + 4
+    extra = start + pixels.nbytes
+    entries = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, extra), (259, 3, 1, 1), (262, 3, 1, 2)]
+    entries += [(273, 4, 3, extra + 6), (277, 3, 1, 3), (279, 4, 3, extra + 18), (284, 3, 1, 2)]
+    body = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(struct.pack("<HHII", *e) for e in entries)
+    body += struct.pack("<I", 0) + pixels.tobytes() + struct.pack("<3H", 16, 16, 16)
+    body += struct.pack("<3I", *(start + i * plane for i in range(3))) + struct.pack("<3I", *[plane] * 3)
+    (tmp_path / "a.tif").write_bytes(body)
+    with pytest.raises(DataError, match=r"a\.tif has colours of 16 bits in separate planes"):
+        pictures.read(tmp_path / "a.tif")
+
+
 def test_a_note_is_printed_once_for_all_files_of_a_kind(tmp_path, capsys):
     pictures.said.clear()
     for i in range(3):

@@ -227,6 +227,22 @@ def test_train_then_visualize(run_script, pictures, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("T", [2, 4])
+def test_few_noise_levels(T, run_script, pictures, monkeypatch):
+    """The strip begins at T / 2, and no row is drawn twice."""
+    args = (*TINY, "--dataset", "folder", "--data-dir", pictures, "--epochs", 1, "--batch-size", 8)
+    assert run_script(train, *args, "--noise-steps", T)[0] == 0
+    drawn = []
+    monkeypatch.setattr(figures, "grid", lambda path, rows: drawn.append([name for name, *_ in rows]))
+    for flags in ((), ("--strip",)):
+        code, _, err = run_script(visualize, *flags)
+        assert code == 0, err
+    rows = ["original", "t = 1\nnoisy", "1 step"]
+    if T == 4:
+        rows += ["t = 2\nnoisy", "1 step", "2 steps", "t = 3\nnoisy", "1 step", "3 steps"]
+    assert drawn[0] == rows and drawn[1][1] == f"t = {T // 2}\nnoisy"
+
+
 @pytest.mark.parametrize(
     "args",
     [

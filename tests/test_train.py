@@ -98,7 +98,7 @@ def test_settings_reach_the_training(run, monkeypatch):
     assert [T for _, T in seen] == [7] * 5  # four updates and the held-out loss
     t = torch.cat([t for t, _ in seen[:4]])
     assert (t != t.round()).all() and t.min() >= 0.5 and t.max() <= 6.5
-    assert seen[4][0].tolist() == [1, 2, 3, 4]
+    assert seen[4][0].tolist() == [1, 2, 4, 5]  # of 1 ... 6, for four images
 
 
 def test_held_out_loss_is_that_of_fixed_noise_at_every_level():
@@ -134,6 +134,21 @@ def test_held_out_levels_are_those_of_training():
         drawn = np.sort(data.draw_noise((20_000, 1, 1, 1), cfg, "cpu", 0)[0])
         expected = np.quantile(drawn, (np.arange(9) + 0.5) / 9)
         np.testing.assert_allclose(torch.cat(seen).view(10, 9), expected[None].repeat(10, 0), rtol=0.02)
+
+
+@pytest.mark.parametrize("count, T", [(4, 10), (256, 1000), (9, 10), (900, 10)])
+def test_few_held_out_images_see_the_whole_range_of_levels(count, T):
+    cfg = config.defaults(train.SETTINGS, noise_steps=T)
+    images = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+    t = torch.cat([held_out.held_out_batch(cfg, images, start)[1] for start in range(0, count, data.TEST_BATCH)])
+    assert t.min() == 1 and t.max() <= T - 1 and t.double().mean().item() == pytest.approx(T / 2, rel=0.35)
+    assert t.max() > 0.7 * (T - 1) and (count < T - 1 or len(t.unique()) == T - 1)
+
+
+@pytest.mark.parametrize("flags", [("--augment", "--no-flip"), ("--model", "plain", "--recycle", 1)])
+def test_settings_that_would_be_ignored_are_refused(run, flags):
+    with pytest.raises(config.UserError, match=r"give one of them|leave it out"):
+        run("--epochs", 1, *SMALL_OF["plain"], *flags)
 
 
 def test_measuring_leaves_running_statistics_alone():

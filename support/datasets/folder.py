@@ -126,7 +126,9 @@ def is_sorted(root):
 def hold_out(names):
     """(train, test): a file is a test image by a hash of its relative path, whatever other files there are."""
     rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
-    test = {name for name in names if rank[name] % HELD_OUT == 0} or set(sorted(names, key=rank.get)[:1])
+    test = {name for name in names if rank[name] % HELD_OUT == 0}
+    if not test or len(test) == len(names):
+        test = set(sorted(names, key=rank.get)[:1])
     return [name for name in names if name not in test], sorted(test)
 
 
@@ -168,7 +170,7 @@ def copies(path, cfg, scales):
     if not sizes:
         raise DataError(
             f"{path} is {width}x{height} pixels, smaller than {cfg.crop_size}x{cfg.crop_size}"
-            f"{'' if max(scales) == 1 else f' at scale {max(scales)}'}; remove it"
+            f"{'' if max(scales) == 1 else f' at scale {max(scales)}; use a larger one in --scales'}; remove it"
             f"{' or lower --crop-size' if cfg.crop_size > SIZE else ''}"
         )
     return [

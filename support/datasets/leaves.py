@@ -44,7 +44,7 @@ def load(split, cfg):
 
     A changed recipe makes other images, under another name; those of an earlier one are used if they are still there.
     """
-    recipe = cfg.leaves_recipe
+    recipe = resolve(cfg).leaves_recipe
     path = Path(cfg.data_dir) / f"leaves-{split}-{SEED}-{recipe}.bin"
 
     def make():
