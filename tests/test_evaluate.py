@@ -481,6 +481,15 @@ def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
     torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4 * whole.std().item())
 
 
+def test_where_only_a_tenth_of_a_folder_is_measured_it_is_said(untrained, run_script, photographs, tmp_path):
+    untrained("unet")
+    (tmp_path / "mixed").mkdir()
+    for i, path in enumerate(sorted(photographs.rglob("*.png"))):
+        path.rename(tmp_path / "mixed" / f"{i}.png")
+    code, out, err = run_script("--dataset", "folder", "--data-dir", tmp_path / "mixed", "--whole")
+    assert code == 0 and f"in {tmp_path}/mixed, a fixed tenth of it (to choose others, sort it into" in out, err
+
+
 def test_pictures_too_small_for_bm3d_are_refused_before_the_work(untrained, run_script, photographs, monkeypatch):
     untrained("unet")
     Image.new("RGB", (300, 5)).save(photographs / "test" / "0.png")
