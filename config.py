@@ -129,6 +129,12 @@ def defaults(settings, **values):
     return dataclasses.make_dataclass("Settings", [*values, "given"], frozen=True)(**values, given=frozenset())
 
 
+def refuse(cfg, names, text):
+    """Raises UserError if one of the settings `names` was typed: `text`, with the flag in place of {}."""
+    for name in sorted(cfg.given & names):
+        raise UserError(text.format("--" + name.replace("_", "-")))
+
+
 def allows(setting, value):
     """Whether the command line could have given this value."""
     if value is None or value is setting.default:

@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+import config
 import diffusion
 from config import Setting, UserError, file_name, real, whole
 from support import real_noise, streams
@@ -55,8 +56,7 @@ def resolve(cfg):
     chosen = DATASETS[cfg.dataset]
     for other, module in DATASETS.items():
         unused = module.SETTINGS.keys() - chosen.SETTINGS.keys()
-        for stray in sorted(cfg.given & unused):
-            raise UserError(f"--{stray.replace('_', '-')} is an option of --dataset {other}, not of {cfg.dataset}")
+        config.refuse(cfg, unused, f"{{}} is an option of --dataset {other}, not of {cfg.dataset}")
         # What a preset has set for the other data set does not hold here.
         cfg = dataclasses.replace(cfg, **{key: module.SETTINGS[key].default for key in unused})
     return chosen.resolve(cfg) if hasattr(chosen, "resolve") else cfg

@@ -80,13 +80,12 @@ def evaluate_images(cfg, networks, knows_level, images):
 @torch.inference_mode()
 def evaluate_pictures(cfg, networks, blind, pictures, place):
     """The tables for whole pictures, see data.whole_pictures. blind: x0_hat of x_t with unknown noise; or None."""
-    if cfg.baselines and any(min(read().shape[1:]) < classical.BLOCK for read in pictures[: cfg.baselines]):
-        raise UserError(
-            f"BM3D needs {classical.BLOCK}x{classical.BLOCK} pixels; leave smaller pictures or --baselines out"
-        )
     every = len(pictures)
     denoisers = {"noisy": (every, noisy)} | {name: (every, network(*net)) for name, net in networks.items()}
     if cfg.baselines and "BM3D" in (methods := classical.methods()):
+        if any(min(read().shape[1:]) < classical.BLOCK for read in pictures[: cfg.baselines]):
+            size = f"{classical.BLOCK}x{classical.BLOCK}"
+            raise UserError(f"BM3D needs {size} pixels; leave smaller pictures or --baselines out")
         denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
     records = measure.pictures(pictures, WHOLE_LEVELS, denoisers, place)
     told = {f"{sigma}": (every, measure.told(network(*networks["network"]), sigma)) for sigma in TOLD}
@@ -147,9 +146,9 @@ def main():
         control, trained_control = checkpoint.load_model(cfg.control, place)
         networks["control"] = control, trained_control.noise_steps
     pictures = held_out_pictures(cfg)
-    for stray in sorted(cfg.given & {"steps", "subset"}) if pictures else ():
-        raise UserError(f"whole pictures are denoised in one step; leave --{stray} out, or measure crops (--no-whole)")
     if pictures:
+        unused = "whole pictures are denoised in one step; leave {} out, or measure crops (--no-whole)"
+        config.refuse(cfg, {"steps", "subset"}, unused)
         source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
         if not folder.is_sorted(cfg.data_dir):
             source += ", a fixed tenth of it (to choose others, sort it into train/ and test/)"

@@ -13,7 +13,8 @@ import inspect
 import torch
 import torch.nn as nn
 
-from config import Setting, UserError, whole
+import config
+from config import Setting, whole
 
 
 class ResidualBlock(nn.Module):
@@ -156,8 +157,8 @@ def describe(cfg):
     Raises UserError if one that it does not take was typed.
     """
     arguments = inspect.signature(NETWORKS[cfg.model]).parameters
-    for stray in sorted(cfg.given & SETTINGS.keys() - arguments.keys() - {"model", "noise_steps"}):
-        raise UserError(f"--{stray.replace('_', '-')} is not a setting of --model {cfg.model}; leave it out")
+    unused = SETTINGS.keys() - arguments.keys() - {"model", "noise_steps"}
+    config.refuse(cfg, unused, f"{{}} is not a setting of --model {cfg.model}; leave it out")
     return {"name": cfg.model} | {name: getattr(cfg, name) for name in SETTINGS if name in arguments}
 
 

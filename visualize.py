@@ -50,8 +50,9 @@ def check_choice(cfg):
         raise UserError("--curves and --strip are two figures; draw one at a time")
     if cfg.curves and cfg.weights:
         raise UserError("--curves draws the log of a run; name its folder with --out-dir, not --weights")
-    for stray in sorted(cfg.given & (data.SETTINGS.keys() | {"images"})) if cfg.curves else ():
-        raise UserError(f"--curves draws the log of a run, without images; leave --{stray.replace('_', '-')} out")
+    if cfg.curves:
+        unused = data.SETTINGS.keys() | {"images"}
+        config.refuse(cfg, unused, "--curves draws the log of a run, without images; leave {} out")
     if "t" in cfg.given and not cfg.strip:
         raise UserError("--t is the noise level of the strip; give --strip too")
 
