@@ -2,16 +2,13 @@
 
     python -m benchmarks.export --weights model/muon/unet32_e9.pth -o model/new.pth
 
-Run from the root of the repository, on the machine that trained. Halves the size (float16), measures what that costs on
-the held-out images and refuses if it is 0.0002 or more. The file holds weights, network, config and provenance, no
-optimizer.
+Run from the root of the repository. Halves the size (float16), measures what that costs on the held-out images and
+refuses if it is 0.0002 or more. The file holds weights, network, config and provenance, no optimizer. Checkpoints of
+versions before 3.4 do not say on what they were trained: export those on the machine that trained them.
 """
 
 import dataclasses
-import platform
 import shlex
-
-import torchvision
 
 import config
 import data
@@ -97,10 +94,7 @@ def main():
         seed=saved["seed"],
         held_out_loss=half,
         data=state["data"]["source"],
-        torchvision=str(torchvision.__version__),
-        system=platform.machine(),
-        **device.describe(where),
-    )
+    ) | state.get("hardware", device.describe(where))
     # The images are looked for anew wherever the file is used.
     saved = saved | {name: data.SETTINGS[name].default for name in WHERE_THE_IMAGES_ARE}
     parts = {"network": state["network"]} if "network" in state else {}

@@ -104,11 +104,21 @@ def choose(named, folder):
 def save(path, state):
     """Write a dict of tensors and plain values so that `path` is, at any moment, absent, the old file or the new one.
 
-    Raises OSError.
+    Tensors of a GPU are written as those of a CPU, so that any machine can read them. Raises OSError.
     """
+    state = on_cpu(state)
     buffer = io.BytesIO()  # so that a full disk is an OSError, not an error of PyTorch's own writer
     torch.save(state | {"checksum": checksum(state)}, buffer)
     files.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def on_cpu(value):
+    """The same dict, list, tuple or plain value with its tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: on_cpu(item) for name, item in value.items()}
+    return type(value)(map(on_cpu, value)) if isinstance(value, list | tuple) else value
 
 
 def checksum(state):
@@ -118,7 +128,7 @@ def checksum(state):
     def add(value):
         if isinstance(value, torch.Tensor):
             sha.update(f"{value.dtype} {tuple(value.shape)},".encode())
-            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            sha.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             add(list(value.items()))
         elif isinstance(value, list | tuple):

@@ -45,7 +45,8 @@ def check(state, settings):
     images = state.get("data", dict(source="", fingerprint=""))
     fits = isinstance(images, dict) and is_plain(images)
     must(fits and all(isinstance(images.get(key), str) for key in ("source", "fingerprint")), "data", "a dict of texts")
-    must(is_plain(state.get("provenance", {})), "provenance", "plain values")
+    for name in {"provenance", "hardware"} & state.keys():
+        must(isinstance(state[name], dict) and is_plain(state[name]), name, "a dict of plain values")
     if "log" in state:
         check_log(state)
 

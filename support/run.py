@@ -292,6 +292,7 @@ class Run:
             log=self.log,
             loss_sums=sums.cpu(),
             seconds=self.seconds,
+            hardware=device.describe(world.device),
         )
         try:
             checkpoint.save(path, state)

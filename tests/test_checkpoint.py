@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import config
 import data
@@ -157,6 +158,24 @@ def test_a_file_of_an_earlier_version_means_what_it_meant(path):
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([50])
     assert model.final.weight.dtype == torch.float32
     torch.testing.assert_close(model(x, t), reference(x, t))
+
+
+class OnGPU(torch.Tensor):
+    """Stands for a tensor of a GPU: whatever is not moved to the CPU shows in the file."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_file_written_with_a_gpu_is_read_without_one(path):
+    state = state_of(*trained())
+    elsewhere = dict(state, model={name: value.as_subclass(OnGPU) for name, value in state["model"].items()})
+    moments = elsewhere["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].as_subclass(OnGPU)
+    checkpoint.save(path, elsewhere)
+    found = torch.load(path, weights_only=True)
+    assert all(type(value) is torch.Tensor for value in found["model"].values())
+    assert equal(checkpoint.load(path), state)
 
 
 def test_the_shipped_weights_are_sound():
@@ -581,6 +600,25 @@ def test_the_command_in_a_provenance_leads_to_the_same_settings(flags):
     again = config.parse("", train.SETTINGS, train.PRESETS, words[2:])
     differing = {name for name in saved if getattr(again, name) != saved[name]}
     assert differing <= {"data_dir"}
+
+
+def test_an_exported_file_says_on_what_it_was_trained(tmp_path, monkeypatch):
+    """Not on what it was exported."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32), (200, 100, 0)).save(tmp_path / name)
+    cfg = config.defaults(train.SETTINGS, dataset="folder", data_dir=str(tmp_path), widths=(4, 4, 8), t_dim=8)
+    saved = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "given"}
+    model, optimizer = trained(cfg=cfg)
+    state = state_of(model, optimizer, cfg) | dict(config=saved, hardware=dict(device="a GPU far away", torch="2.11.0"))
+    source, target = str(tmp_path / "unet32_e1.pth"), str(tmp_path / "new.pth")
+    write(source, state)
+    words = ["export.py", "--weights", source, "-o", target, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
+    export.main()
+    found = torch.load(target, weights_only=True)
+    assert (found["provenance"]["device"], found["provenance"]["torch"]) == ("a GPU far away", "2.11.0")
+    assert found["model"]["final.weight"].dtype == torch.float16 and "optimizer" not in found
+    torch.testing.assert_close(found["model"]["final.weight"].float(), model.final.weight.data, atol=1e-3, rtol=1e-3)
 
 
 # ---- the optimizer -----------------------------------------------------------------------------------------------
