@@ -134,6 +134,7 @@ class Run:
         self.step = 0
         self.log = []  # one row per epoch
         self.seconds = 0.0  # of the epoch under way
+        self.began = None  # when this process began to train, and at which step
         self.loss_sum = torch.zeros((), device=world.device)  # of the epoch under way, on this rank
         self.unsaved = None  # what was wrong with the last save
         settings = dataclasses.asdict(cfg)
@@ -189,6 +190,7 @@ class Run:
         cfg, world, epoch = self.cfg, self.world, len(self.log)
         done = self.step - epoch * self.steps_per_epoch  # not 0 where the run was stopped inside this epoch
         self.started, self.shown = time.monotonic() - self.seconds, time.monotonic()
+        self.began = self.began or (time.monotonic(), self.step)
         batches = data.batches(images, cfg, epoch, world.rank, world.size, done)
         name = f"Epoch {epoch + 1}/{cfg.epochs}"
         self.bar = progress_bar(batches, name, world, initial=done, total=self.steps_per_epoch)
@@ -321,8 +323,10 @@ class Run:
         return self.log[-1]["seconds"] if self.log else 0.0
 
     def time_left(self):
-        left = self.cfg.epochs * self.steps_per_epoch - self.step
-        return tqdm.format_interval((self.seconds_before() + self.seconds) / max(self.step, 1) * left)
+        """At the pace of this process: what came before may have run elsewhere."""
+        (began, step), steps = self.began, self.cfg.epochs * self.steps_per_epoch
+        pace = (time.monotonic() - began) / max(self.step - step, 1)
+        return tqdm.format_interval(pace * (steps - self.step))
 
     def close(self):
         """End the run: the lock is released. Raises CheckpointError if the last save failed."""

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import sys
 import types
@@ -223,6 +224,15 @@ def test_a_resumed_run_is_the_same_run(run, model, optimizer):
     run("--resume", "straight/unet32_e0.pth", "--out-dir", "elsewhere", "--device", "cpu")
     assert states_equal(checkpoint.load("straight/unet32_e2.pth"), checkpoint.load("elsewhere/unet32_e2.pth"))
     assert len(Path("elsewhere/log.csv").read_text().splitlines()) == 4
+
+
+def test_the_time_left_is_told_at_the_pace_of_this_machine(run, capsys):
+    run("--epochs", 1, *SMALL)
+    state = checkpoint.load("model/unet32_e0.pth")
+    state["log"][0]["seconds"] = 1e9  # as if it had run on a very slow one
+    checkpoint.save("model/unet32_e0.pth", {name: value for name, value in state.items() if name != "checksum"})
+    run("--resume", "auto", "--epochs", 3, "--device", "cpu")
+    assert re.search(r"epoch 2/3: .*, \d\d:\d\d left", capsys.readouterr().out)  # minutes and seconds
 
 
 def test_tensorboard_and_wandb_are_given_the_newest_row(monkeypatch, tmp_path):
