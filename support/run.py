@@ -324,9 +324,9 @@ class Run:
 
     def time_left(self):
         """At the pace of this process: what came before may have run elsewhere."""
-        (began, step), steps = self.began, self.cfg.epochs * self.steps_per_epoch
+        began, step = self.began
         pace = (time.monotonic() - began) / max(self.step - step, 1)
-        return tqdm.format_interval(pace * (steps - self.step))
+        return tqdm.format_interval(pace * (self.cfg.epochs * self.steps_per_epoch - self.step))
 
     def close(self):
         """End the run: the lock is released. Raises CheckpointError if the last save failed."""
