@@ -51,6 +51,7 @@ SETTINGS = {
     "sigma": Setting(None, up_to_largest, "standard deviation of the noise, 0-255 scale; None: estimated"),
     "strength": Setting(1, up_to_largest, "factor of the noise level that is assumed: more is smoother, less sharper"),
     "steps": Setting(1, whole(1, 1000), "denoising steps; 1: the best PSNR, more: sharper"),
+    "ensemble": Setting(1, whole(1, 8), "orientations of the picture to average over: 8 is best, and 8 times as slow"),
     "weights": Setting(None, file_name, "checkpoint; None: model/photo.pth, or model/unet32.pth if that is absent"),
     "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
     "sheet": Setting(False, bool, "write a sheet of the centre denoised at several strengths, {name}_sheet.png"),
@@ -68,22 +69,24 @@ WHOLE = 2_000_000  # pixels of the largest picture for a network that cannot be 
 # ---- from Python -------------------------------------------------------------------------------------------------
 
 
-def denoise(image, sigma=None, strength=1, weights=None):
+def denoise(image, sigma=None, strength=1, weights=None, ensemble=1):
     """The image without its noise; type, shape, depth and scale are those of `image`.
 
     image: a Pillow image (mode L, LA, RGB, RGBA or I;16; 1 and P come back as L and RGB); a NumPy array (H, W),
     (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a tensor (C, H, W) or (B, C, H, W) with C = 1 or 3,
     uint8, uint16 or floating in [-1, 1], each image of a batch by itself. Floating values are not clipped. sigma: the
     standard deviation of the noise on the 0-255 scale; None: estimated. strength: a factor of it. weights: a
-    checkpoint; None: the best there are. Raises ValueError for other images and settings, CheckpointError, and
-    UserError for a large image where the network must see it as a whole.
+    checkpoint; None: the best there are. ensemble: see diffusion.self_ensemble. Raises ValueError for other images and
+    settings, CheckpointError, and UserError for a large image where the network must see it as a whole.
     """
+    if ensemble not in range(1, 9):
+        raise ValueError("ensemble must be a whole number from 1 to 8")
     if not (0 < strength <= LARGEST and (sigma is None or 0 < sigma <= LARGEST)):
         raise ValueError(f"sigma and strength must be above 0 and at most {LARGEST}")
     if isinstance(image, torch.Tensor) and image.dim() == 4 and len(image):
-        return torch.stack([denoise(one, sigma, strength, weights) for one in image])
+        return torch.stack([denoise(one, sigma, strength, weights, ensemble) for one in image])
     noisy, pack = pixels.unpack(image)
-    return pack(run(load(weights), noisy, sigma and sigma / GREY_LEVELS, strength).clean)
+    return pack(run(load(weights), noisy, sigma and sigma / GREY_LEVELS, strength, ensemble=ensemble).clean)
 
 
 class Network(NamedTuple):
@@ -120,10 +123,11 @@ class Result(NamedTuple):
     gain: float  # what the network was told, over the level, see diffusion.grey
 
 
-def run(network, noisy, sigma=None, strength=1, steps=1):
+def run(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     """The Result for pixels (C, H, W) of any height and width: uint8, uint16, or floating in [-1, 1]; C is 1 or 3.
 
-    sigma: in units of the [-1, 1] scale; None: estimated. Beside copies of the pixels, the memory is bounded.
+    sigma: in units of the [-1, 1] scale; None: estimated. ensemble: see diffusion.self_ensemble. Beside copies of the
+    pixels, the memory is bounded.
     """
     model, T, margin, size = network.model, network.trained.noise_steps, network.margin, TILE[network.precision]
     if margin == math.inf and noisy[0].numel() > WHOLE:
@@ -134,7 +138,7 @@ def run(network, noisy, sigma=None, strength=1, steps=1):
         source, model = noisy[:1], diffusion.grey(model, T, gain)
     level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
     t = diffusion.t_of(torch.tensor([strength * level.sigma], device=network.device), T)
-    in_tiles = tiles.tiled(model, size, margin)
+    in_tiles = tiles.tiled(diffusion.self_ensemble(model, ensemble), size, margin)
 
     def denoise_part(part):
         x = tiles.pad(pixels.to_x(part.to(network.device))[None])
@@ -178,12 +182,14 @@ def denoise_file(source, target, network, cfg):
     options, lost = picture_files.options_for(image, target)
     noisy, pack = pixels.unpack(image)
     del image  # of a large picture, memory that the network needs
-    result = run(network, noisy, cfg.sigma and cfg.sigma / GREY_LEVELS, cfg.strength, cfg.steps)
+    result = run(network, noisy, cfg.sigma and cfg.sigma / GREY_LEVELS, cfg.strength, cfg.steps, cfg.ensemble)
     picture_files.write(pack(result.clean), target, options, cfg.overwrite)
     draw = {
         "compare": lambda: sheets.before_after(noisy, result.clean),
         "sheet": lambda: sheets.strengths(
-            noisy, result.level.sigma, lambda x, sigma: run(network, x, sigma, steps=cfg.steps).clean
+            noisy,
+            result.level.sigma,
+            lambda x, sigma: run(network, x, sigma, steps=cfg.steps, ensemble=cfg.ensemble).clean,
         ),
     }
     for extra in extras_of(cfg):

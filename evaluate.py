@@ -34,6 +34,7 @@ SETTINGS = data.SETTINGS | device.SETTINGS | {
     "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if one is larger than the crops"),
     "subset":    Setting(100, whole(), "images for what takes many passes: several steps and the blind estimate"),
     "steps":     Setting(None, whole(1, 1000), "most steps to try; None: one for each unit of t, and at most 50"),
+    "ensemble":  Setting(1, whole(1, 8), "orientations of an image to average over, see denoise.py"),
     "baselines": Setting(None, whole(0), "images that the classical denoisers get; None: 100, or 0 of whole pictures"),
     "json":      Setting(None, name_ending(".json"), "file to write the tables to as JSON; None: none"),
     "markdown":  Setting(None, name_ending(".md"), "file to write the tables to as Markdown; None: none"),
@@ -166,15 +167,19 @@ def main():
     shares = held_out.channels_in_use(trained, model, images) if len(images) else {}
     precision, knows_level = device.pick_precision(cfg.precision, place), getattr(model, "knows_t", True)
     adapt = measure.of_any_size if pictures else measure.in_precision
-    networks = {name: (adapt(net, precision), T) for name, (net, T) in networks.items()}
+    for name, (net, T) in networks.items():
+        networks[name] = diffusion.self_ensemble(adapt(net, precision), cfg.ensemble), T
     if pictures:
         denoiser = denoise.load(weights, cfg.device, cfg.precision)
-        blind = (lambda x_t: denoise.run(denoiser, x_t[0].cpu()).clean[None].to(place)) if knows_level else None
-        made = evaluate_pictures(cfg, networks, blind, pictures, place)
+
+        def blind(x_t):
+            return denoise.run(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(place)
+
+        made = evaluate_pictures(cfg, networks, blind if knows_level else None, pictures, place)
     else:
         made, records = evaluate_images(cfg, networks, knows_level, images)
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
-    about |= dict(precision=str(precision).removeprefix("torch."), **device.describe(place))
+    about |= dict(ensemble=cfg.ensemble, precision=str(precision).removeprefix("torch."), **device.describe(place))
     about |= dict(seconds=round(time.monotonic() - started, 1), measures=MEASURES)
     report(cfg, about, [*made, tables.channels(shares)] if shares else made)
     if not pictures:

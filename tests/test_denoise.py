@@ -349,6 +349,19 @@ def test_what_goes_in_comes_out(weights):
     np.testing.assert_array_equal(denoise.denoise(rgba, 20, weights=weights["unet"]).getchannel("A"), GREY)
 
 
+def test_the_mean_over_orientations_does_not_depend_on_the_orientation(weights):
+    def clean(image, ensemble):
+        return denoise.denoise(image, 20, weights=weights["unet"], ensemble=ensemble)
+
+    image = COLOUR[:32, :28] / 255
+    assert abs(clean(image[:, ::-1], 1)[:, ::-1] - clean(image, 1)).max() > 1e-3
+    np.testing.assert_allclose(clean(image[:, ::-1], 2)[:, ::-1], clean(image, 2), atol=1e-5)
+    np.testing.assert_allclose(np.rot90(clean(np.rot90(image), 8), -1), clean(image, 8), atol=1e-5)
+    for count in (0, 9, 1.5):
+        with pytest.raises(ValueError, match="ensemble must be a whole number from 1 to 8"):
+            clean(image, count)
+
+
 @pytest.mark.parametrize("image", [GREY, GREY[..., None], DEEP, Image.fromarray(GREY), Image.fromarray(DEEP)])
 def test_grey_stays_grey(image, weights):
     clean = denoise.denoise(image, 40, weights=weights["unet"])

@@ -125,6 +125,24 @@ def test_the_last_step_ends_at_no_noise_whatever_their_number(sampler):
             assert min(seen) == pytest.approx(t / steps, rel=1e-4)
 
 
+def test_a_self_ensemble_is_the_mean_over_the_orientations():
+    random = torch.Generator().manual_seed(0)
+    places = torch.randn(3, 8, 8, generator=random)  # a model that treats every place in its own way
+    x, t = torch.randn(2, 3, 8, 8, generator=random), torch.tensor([2, 7])
+
+    def model(x, t):
+        return (x * places * t.view(-1, 1, 1, 1)).half()
+
+    # The same places as seen from an image that was turned; quarter turns and mirror images are all orientations.
+    seen = [np.rot90(mirrored, k, (1, 2)) for mirrored in (places.numpy(), places.numpy()[..., ::-1]) for k in range(4)]
+    mean = {1: seen[:1], 2: [seen[0], seen[4]], 4: [seen[0], seen[4], seen[2], seen[6]], 8: seen}
+    for count, chosen in mean.items():
+        found = diffusion.self_ensemble(model, count)(x, t)
+        assert found.dtype == torch.float32
+        expected = x * torch.from_numpy(np.mean(chosen, axis=0)) * t.view(-1, 1, 1, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+
+
 def test_a_noise_schedule_is_two_functions(noisy, monkeypatch):
     """With sigma = (t / T)^2 noise, loss, denoising and the estimate of sigma follow."""
     monkeypatch.setattr(diffusion, "sigma_of", lambda t, T: (t / T) ** 2)

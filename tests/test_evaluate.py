@@ -468,6 +468,28 @@ def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photog
     assert len(channels["rows"]) == 5
 
 
+def test_an_ensemble_is_measured_where_one_is_asked_for(untrained, run_script, photographs, tmp_path):
+    untrained()
+    args = ("--dataset", "folder", "--data-dir", photographs, "--weights", "model/unet32_e0.pth", "--ensemble", 2)
+    assert run_script(*args, "--json", "e.json")[0] == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    model, _ = checkpoint.load_model("model/unet32_e0.pth", "cpu")
+    t, found = torch.tensor([50 / 127.5 * 10]), []
+    for i in range(2):
+        picture = np.array(Image.open(photographs / "test" / f"{i}.png"))
+        x0 = data.scale(torch.from_numpy(picture).permute(2, 0, 1)[None])
+        height, width = x0.shape[2:]
+        x_t = x0 + 50 / 127.5 * torch.randn(x0.shape, generator=streams.generator("cpu", 0, streams.HELD_OUT_NOISE, i))
+        x0_hat = 0
+        for mirror in (lambda x: x, lambda x: x.flip(3)):
+            padded = torch.nn.functional.pad(mirror(x_t), (0, -width % 4, 0, -height % 4), mode="reflect")
+            with torch.no_grad():
+                x0_hat = x0_hat + mirror(diffusion.denoise(model, padded, t, 10)[..., :height, :width]) / 2
+        found.append(metrics.psnr(x0_hat, x0).item())
+    assert report["provenance"]["ensemble"] == 2
+    assert report["tables"][0]["rows"][1]["sigma 50"]["mean"] == pytest.approx(np.mean(found), abs=1e-3)
+
+
 def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
     torch.manual_seed(0)
     model = unet.UNet(widths=(4, 4, 4), t_dim=4).eval()
