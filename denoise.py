@@ -51,7 +51,7 @@ SETTINGS = {
     "sigma": Setting(None, up_to_largest, "standard deviation of the noise, 0-255 scale; None: estimated"),
     "strength": Setting(1, up_to_largest, "factor of the noise level that is assumed: more is smoother, less sharper"),
     "steps": Setting(1, whole(1, 1000), "denoising steps; 1: the best PSNR, more: sharper"),
-    "ensemble": Setting(1, whole(1, 8), "orientations of the picture to average over: 8 is best, and 8 times as slow"),
+    "ensemble": Setting(1, whole(1, 8), "orientations to average over; 2: mirrored too, 8: all, at 8 times the cost"),
     "weights": Setting(None, file_name, "checkpoint; None: model/photo.pth, or model/unet32.pth if that is absent"),
     "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
     "sheet": Setting(False, bool, "write a sheet of the centre denoised at several strengths, {name}_sheet.png"),

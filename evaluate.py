@@ -34,7 +34,7 @@ SETTINGS = data.SETTINGS | device.SETTINGS | {
     "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if one is larger than the crops"),
     "subset":    Setting(100, whole(), "images for what takes many passes: several steps and the blind estimate"),
     "steps":     Setting(None, whole(1, 1000), "most steps to try; None: one for each unit of t, and at most 50"),
-    "ensemble":  Setting(1, whole(1, 8), "orientations of an image to average over, see denoise.py"),
+    "ensemble":  denoise.SETTINGS["ensemble"],
     "baselines": Setting(None, whole(0), "images that the classical denoisers get; None: 100, or 0 of whole pictures"),
     "json":      Setting(None, name_ending(".json"), "file to write the tables to as JSON; None: none"),
     "markdown":  Setting(None, name_ending(".md"), "file to write the tables to as Markdown; None: none"),

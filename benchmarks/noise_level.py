@@ -1,4 +1,4 @@
-"""The noise level that support/noise_level.py finds, beside the true one, for nine kinds of noise.
+"""The noise level that support/noise_level.py finds, beside the true one, for ten kinds of noise.
 
     python -m benchmarks.noise_level --data-dir data/photographs
 
@@ -45,6 +45,25 @@ def colour(noise, chroma):
     return (luma + chroma * (noise - luma)) / np.sqrt((1 + 2 * chroma**2) / 3)
 
 
+def demosaiced(noise):
+    """The noise (3, H, W) of a sensor that sees one colour a pixel (Bayer's pattern), the others interpolated linearly.
+
+    Red and blue are amplified for daylight, 1.9 and 1.6 times, which makes their shot noise stronger than green's.
+    """
+    seen = np.zeros_like(noise)
+    for channel, y, x in ((0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 1, 1)):
+        seen[channel, y::2, x::2] = noise[channel, y::2, x::2]
+    height, width = noise.shape[1:]
+    padded = np.pad(seen, ((0, 0), (1, 1), (1, 1)), "reflect")
+    around = [[padded[:, y : y + height, x : x + width] for x in range(3)] for y in range(3)]
+    cross = around[0][1] + around[1][0] + around[1][2] + around[2][1]
+    corners = around[0][0] + around[0][2] + around[2][0] + around[2][2]
+    red, _, blue = seen + cross / 2 + corners / 4
+    green = (seen + cross / 4)[1]
+    found = np.stack([np.sqrt(1.9) * red, green, np.sqrt(1.6) * blue])
+    return found * noise.std() / found.std()
+
+
 # ---- pictures with noise -----------------------------------------------------------------------------------------
 
 
@@ -69,6 +88,9 @@ KINDS = {  # functions of (clean pixels, sigma, white noise), all (C, H, W)
     "shot and read": shot_and_read,
     "chroma": lambda clean, sigma, noise: white(clean, sigma, colour(noise, 2)),
     "equal": lambda clean, sigma, noise: white(clean, sigma, colour(noise, 0)),
+    "camera": lambda clean, sigma, noise: through_jpeg(
+        to_8_bits(shot_and_read(clean, sigma, demosaiced(noise))), 92, subsampling=2
+    ),
     "JPEG 75": lambda clean, sigma, noise: through_jpeg(to_8_bits(white(clean, sigma, noise)), 75),
     "JPEG 85": lambda clean, sigma, noise: through_jpeg(to_8_bits(white(clean, sigma, noise)), 85),
     "JPEG 95": lambda clean, sigma, noise: through_jpeg(to_8_bits(white(clean, sigma, noise)), 95),

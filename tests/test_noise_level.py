@@ -106,6 +106,27 @@ def test_a_large_picture_is_sampled():
     assert found(pixels)[0] == pytest.approx(10, rel=0.15)
 
 
+# ---- noise of a camera -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 10), (3, 9, 11)])
+def test_a_camera_sees_one_colour_a_pixel_and_interpolates_the_others(shape):
+    noise = np.random.default_rng(0).standard_normal(shape)
+    red, green, blue = benchmark.demosaiced(noise)
+    unit = green[0, 1] / noise[1, 0, 1]
+    np.testing.assert_allclose(red[::2, ::2], unit * 1.9**0.5 * noise[0, ::2, ::2])
+    np.testing.assert_allclose(blue[1::2, 1::2], unit * 1.6**0.5 * noise[2, 1::2, 1::2])
+    for y, x in ((2, 2), (3, 5)):
+        assert green[y, x] == pytest.approx(
+            np.mean([green[y - 1, x], green[y + 1, x], green[y, x - 1], green[y, x + 1]])
+        )
+    assert red[3, 4] == pytest.approx((red[2, 4] + red[4, 4]) / 2)
+    assert red[3, 5] == pytest.approx(red[2:5:2, 4:7:2].mean())
+    assert blue[2, 2] == pytest.approx(blue[1:4:2, 1:4:2].mean())
+    assert np.mean([red.var(), green.var(), blue.var()]) == pytest.approx(noise.var(), rel=0.2)
+    np.testing.assert_allclose(blue[0, 1::2], blue[1, 1::2])  # there is nothing above to interpolate with
+
+
 # ---- the fit -----------------------------------------------------------------------------------------------------
 
 
