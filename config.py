@@ -98,8 +98,11 @@ def parse(doc, settings, presets=None, argv=None):
     given = vars(parser.parse_args(argv))
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     cfg = defaults(settings, **{**(presets or {}).get(given.get("preset"), {}), **given})
-    usual = {key: setting.default for key, setting in settings.items()}
-    changed = [f"{key}={getattr(cfg, key)}" for key in usual if usual[key] not in (getattr(cfg, key), REQUIRED)]
+    changed = [
+        f"{key}={getattr(cfg, key)}"
+        for key, setting in settings.items()
+        if setting.default not in (getattr(cfg, key), REQUIRED)
+    ]
     if changed and os.environ.get("RANK", "0") == "0":
         print("settings:", *changed)
     return dataclasses.replace(cfg, given=frozenset(given))
@@ -137,8 +140,8 @@ def refuse(cfg, names, text):
 
 def allows(setting, value):
     """Whether the command line could have given this value."""
-    if value is None or value is setting.default:
-        return value is setting.default
+    if value is None:
+        return setting.default is None
     if setting.count:
         if not isinstance(value, list | tuple) or not fits(setting.count, len(value)):
             return False
@@ -155,6 +158,6 @@ def allows(setting, value):
         return False
 
 
-def fits(count, number):
-    """Whether `number` values are as many as `count`, argparse's nargs, asks for."""
-    return number == count if isinstance(count, int) else number >= (count == "+")
+def fits(count, given):
+    """Whether `given` values are as many as `count`, argparse's nargs, asks for."""
+    return given == count if isinstance(count, int) else given > 0 or count == "*"

@@ -6,6 +6,7 @@ for x0 in batches(images, cfg, epoch):                      # (cfg.batch_size, 3
 """
 
 import dataclasses
+import functools
 import hashlib
 import sys
 
@@ -68,25 +69,26 @@ def whole_pictures(split, cfg):
     if not hasattr(DATASETS[cfg.dataset], "files"):
         raise UserError(f"--dataset {cfg.dataset} has no whole pictures; use --dataset folder")
 
-    def reader(path):
-        def read_it():
-            try:
-                return torch.from_numpy(read(path, cfg.max_pixels)).permute(2, 0, 1)
-            except DataError as error:
-                raise DataError(f"{error}, or add --skip-bad-images") from None
-
-        return read_it
-
-    found = [reader(path) for _, path in DATASETS[cfg.dataset].files(split, cfg)]
-    good = [read_it for read_it in found if not cfg.skip_bad_images or readable(read_it)]
+    files = DATASETS[cfg.dataset].files(split, cfg)
+    found = [functools.partial(read_whole, path, cfg.max_pixels) for _, path in files]
+    good = [picture for picture in found if not cfg.skip_bad_images or readable(picture)]
+    if not good:
+        raise DataError(f"none of the {len(found)} {split} pictures in {cfg.data_dir} can be read")
     if bad := len(found) - len(good):
         print(f"WARNING: {bad} of {len(found)} pictures cannot be read and are left out", file=sys.stderr)
     return good
 
 
-def readable(reader):
+def read_whole(path, max_pixels):
     try:
-        reader()
+        return torch.from_numpy(read(path, max_pixels)).permute(2, 0, 1)
+    except DataError as error:
+        raise DataError(f"{error}, or add --skip-bad-images") from None
+
+
+def readable(picture):
+    try:
+        picture()
         return True
     except DataError:
         return False
@@ -150,20 +152,22 @@ def draw_noise(shape, cfg, device, step):
     cfg.noise "mixed": see real_noise.correlate.
     """
     T, random = cfg.noise_steps, streams.generator(device, cfg.seed, streams.NOISE, step)
-    t = torch.randint(1, T, shape[:1], generator=random, device=device)
+    t = torch.randint(1, T, shape[:1], generator=random, device=device)  # always, so that eps is the same for any t
     eps = torch.randn(shape, generator=random, device=device)
     if cfg.sigma_range:
-        t = level_in_range(torch.rand(shape[:1], generator=random, device=device), cfg)
+        t = t_of_quantile(torch.rand(shape[:1], generator=random, device=device), cfg)
     elif cfg.continuous_t:
         t = t + torch.rand(shape[:1], generator=random, device=device) - 0.5
-    return t, real_noise.correlate(eps, random, cfg.noise_shares[0]) if cfg.noise == "mixed" else eps
+    if cfg.noise == "mixed":
+        eps = real_noise.correlate(eps, random, cfg.noise_shares[0])
+    return t, eps
 
 
-def level_in_range(share, cfg):
-    """The t below which a share, a tensor from 0 to 1, of the levels of cfg.sigma_range lies."""
+def t_of_quantile(quantile, cfg):
+    """t at a quantile, a tensor from 0 to 1, of the noise levels that cfg.sigma_range and cfg.sigma_power describe."""
     low, high = (sigma / diffusion.GREY_LEVELS for sigma in cfg.sigma_range)
     power = 1 + cfg.sigma_power
-    return diffusion.t_of((low**power + (high**power - low**power) * share) ** (1 / power), cfg.noise_steps)
+    return diffusion.t_of((low**power + (high**power - low**power) * quantile) ** (1 / power), cfg.noise_steps)
 
 
 def draw_qualities(cfg, step):

@@ -56,8 +56,7 @@ SETTINGS = {
     "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
     "sheet": Setting(False, bool, "write a sheet of the centre denoised at several strengths, {name}_sheet.png"),
     "overwrite": Setting(False, bool, "replace output files that exist"),
-    "max_pixels": Setting(pictures.MAX_PIXELS, whole(), "of the largest picture that is read; a small file can expand"),
-} | device.SETTINGS  # fmt: skip
+} | pictures.SETTINGS | device.SETTINGS  # fmt: skip
 
 # Pixels, height and width of a tile. With the widths 64 128 256, 64 channels of a tile just fit into a block of memory
 # that is kept for the next tile (memory.LARGEST_THRESHOLD). Larger tiles waste less on their margins, but take more
@@ -138,6 +137,8 @@ def run(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
         source, model = noisy[:1], diffusion.grey(model, T, gain)
     level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
     t = diffusion.t_of(torch.tensor([strength * level.sigma], device=network.device), T)
+    # Tiles in tiles: the outer ones, with a margin for every step, bound the memory of a whole denoising, the inner
+    # ones that of one call of the network. With one step they coincide.
     in_tiles = tiles.tiled(diffusion.self_ensemble(model, ensemble), size, margin)
 
     def denoise_part(part):

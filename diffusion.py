@@ -3,7 +3,7 @@
     x_t    = add_noise(x0, eps, t, T)          # linear noise, sigma = t / T
     loss   = noise_loss(model, x0, eps, t, T)
     x0_hat = denoise(model, x_t, t, T)         # one step: the MMSE estimate, best PSNR
-    x0_hat = denoise_steps(model, x_t, t, T)   # several steps: sharper
+    x0_hat = denoise_steps(model, x_t, t, T, steps=3)   # several steps: sharper
     sigma  = estimate_sigma(model, x_t, T)     # the noise level, from the noisy image alone
 
 Shapes: images (B, C, H, W) in [-1, 1]; t (B,), integer or float, 0 <= t <= T. Nothing is clipped.
@@ -56,17 +56,13 @@ def denoise(model, x_t, t, T):
     return x_t - noise_level(t, T) * model(x_t, t).float()
 
 
-def denoise_steps(model, x_t, t, T, steps=None, sampler="euler"):
-    """Several steps down the probability-flow equation dx/dsigma = eps_hat, from the level of t to 0.
+def denoise_steps(model, x_t, t, T, steps, sampler="euler"):
+    """`steps` steps, equal in t, down the probability-flow equation dx/dsigma = eps_hat, from the level of t to 0.
 
-    steps=None walks the integer grid t, t-1, ..., 0, which the model was trained on; a number K takes K steps equal in
-    t. sampler: one of SAMPLERS; with "euler", K = 1 is `denoise`. Returns x0_hat, shaped like x_t.
+    sampler: one of SAMPLERS; one step of "euler" is `denoise`. Returns x0_hat, shaped like x_t.
     """
-    t = t.float()
-    if steps is None:
-        ts = [(t - k).clamp(min=0) for k in range(int(t.max().ceil()) + 1)]
-    else:  # so that the last is 0 exactly: next to 0 the model, which heun would call, knows nothing
-        ts = [t * (1 - k / steps) for k in range(steps + 1)]
+    # So that the last is 0 exactly: next to 0 the model, which heun would call, knows nothing.
+    ts = [t.float() * (1 - k / steps) for k in range(steps + 1)]
     return SAMPLERS[sampler](model, x_t, ts, T)
 
 
@@ -88,8 +84,7 @@ def heun(model, x, ts, T):
     for t, t_next in itertools.pairwise(ts):
         slope, change = model(x, t).float(), noise_level(t_next, T) - noise_level(t, T)
         if (t_next > 0).any():
-            corrected = (slope + model(x + change * slope, t_next).float()) / 2
-            slope = torch.where((t_next > 0)[:, None, None, None], corrected, slope)
+            slope = (slope + model(x + change * slope, t_next).float()) / 2
         x = x + change * slope
     return x
 
@@ -98,7 +93,7 @@ SAMPLERS = {"euler": euler, "heun": heun}  # to add one: a function of (model, x
 
 
 def self_ensemble(model, count):
-    """A model that averages what `model` says of the first `count`, 1 to 8, of the orientations of an image.
+    """A model whose eps_hat is the mean of `model`'s over the first `count`, 1 to 8, of an image's eight orientations.
 
     2: the image and its mirror image; 4: these, and both upside down; 8: with height and width swapped too. It helps
     where the model was trained on such images, at `count` times the cost (Lim et al. 2017, arXiv 1707.02921).
@@ -124,8 +119,8 @@ def estimate_sigma(model, x_t, T, iterations=9, highest=None):
 
     It is the level of greatest likelihood. The density p of the noisy images obeys the heat equation, dp/dsigma =
     sigma * laplacian(p), and its score is -eps_hat / sigma; hence d log p / dsigma = |eps_hat|^2 / sigma - div eps_hat.
-    The root is found by bisection of 0 < t < highest, by default T, of which each iteration halves the error: an answer
-    next to either end means "at most" or "at least" that level. The divergence is Hutchinson's estimate (1990) with one
+    The root is found by bisection of 0 < t < highest (by default T); each iteration halves the error. An answer next to
+    either end means "at most" or "at least" that level. The divergence is Hutchinson's estimate (1990) with one
     fixed random probe. The model, called twice per iteration, must know the time step and be differentiable almost
     everywhere.
     """

@@ -21,14 +21,14 @@ import config
 import data
 import denoise
 import diffusion
+import visualize
 from config import Setting, UserError, name_ending, whole
 from support import checkpoint, classical, device, figures, files, held_out, measure, metrics, script, streams, tables
 from support.datasets import folder
 from support.measure import LITERATURE, Job, network, noisy
-from visualize import load_run
 
 SETTINGS = data.SETTINGS | device.SETTINGS | {
-    "weights":   Setting(None, config.file_name, "checkpoint; None: the newest of out_dir, else the weights provided"),
+    "weights":   visualize.SETTINGS["weights"],
     "control":   Setting(None, config.file_name, "checkpoint of a second network to compare with; None: none"),
     "out_dir":   Setting("model", config.file_name, "folder of the run; the figure goes to its res/"),
     "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if one is larger than the crops"),
@@ -139,9 +139,9 @@ def report(cfg, about, made):
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     started, place = time.monotonic(), device.pick(cfg.device)
-    cfg = dataclasses.replace(cfg, device=str(place))  # a fallback is told once
+    cfg = dataclasses.replace(cfg, device=str(place))  # so that a fallback is reported once
     check_reports(cfg)
-    weights, model, trained, cfg = load_run(cfg)
+    weights, model, trained, cfg = visualize.load_run(cfg)
     networks = {"network": (model, trained.noise_steps)}
     if cfg.control:
         control, trained_control = checkpoint.load_model(cfg.control, place)

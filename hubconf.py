@@ -24,5 +24,5 @@ def photo(pretrained=True):
 
 
 def denoiser():
-    """The function denoise(image, sigma=None, strength=1) of denoise.py, for Pillow images, arrays and tensors."""
+    """The function denoise.denoise, for Pillow images, NumPy arrays and tensors."""
     return denoise.denoise

@@ -125,7 +125,7 @@ def make_optimizer(cfg, model):
 
 
 def check_settings(cfg):
-    """Raises UserError for settings that contradict each other, or of which one would be ignored."""
+    """Raises UserError for settings that contradict each other, or one of which would be ignored."""
     if cfg.sigma_range and not cfg.sigma_range[0] < cfg.sigma_range[1]:
         raise UserError(f"--sigma-range {cfg.sigma_range[0]:g} {cfg.sigma_range[1]:g}: the first must be lower")
     if cfg.sigma_power and not cfg.sigma_range:

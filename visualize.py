@@ -45,7 +45,7 @@ def load_run(cfg):
 
 
 def check_choice(cfg):
-    """Raises UserError for settings of which one would be ignored."""
+    """Raises UserError for combinations in which one setting would be ignored."""
     if cfg.curves and cfg.strip:
         raise UserError("--curves and --strip are two figures; draw one at a time")
     if cfg.curves and cfg.weights:

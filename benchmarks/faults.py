@@ -1,8 +1,8 @@
-"""A soak of what the tests try quickly: small trainings killed with -9 at random moments, damaged and edited files.
+"""A soak of what the tests try quickly: small training runs killed with -9 at random moments, damaged and edited files.
 
     python -m benchmarks.faults --trials 200
 
-Kills: a training of 24 steps that saves every 2 is killed at a random moment, inside saves too, and resumed until it is
+Kills: a run of 24 steps that saves every 2 is killed at a random moment, inside saves too, and resumed until it is
 done; its last checkpoint must equal, bit for bit, that of a run that nobody disturbed. Every other one replaces the
 checkpoints of an older run (--overwrite), and at no moment may there be no whole one. Damage: ten times as many copies
 of a checkpoint with flipped bits, cut off, or overwritten in part are loaded; each must be refused with one line, or
@@ -103,7 +103,7 @@ def kill_runs(kills):
     reference = Path("undisturbed") / LAST
     for folder, flags in (("undisturbed", ()), ("older", ("--seed", 1))):
         if finish(start_training(folder, *flags)):
-            raise UserError(f"a training that nobody killed failed: {Path('output.txt').read_text()[-500:]}")
+            raise UserError(f"a run that nobody killed failed: {Path('output.txt').read_text()[-500:]}")
     began = time.monotonic()
     finish(start_training("timed"))
     longest = 1.2 * (time.monotonic() - began)

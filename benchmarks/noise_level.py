@@ -95,6 +95,7 @@ KINDS = {  # functions of (clean pixels, sigma, white noise), all (C, H, W)
     "JPEG 85": lambda clean, sigma, noise: through_jpeg(to_8_bits(white(clean, sigma, noise)), 85),
     "JPEG 95": lambda clean, sigma, noise: through_jpeg(to_8_bits(white(clean, sigma, noise)), 95),
 }
+OF_COLOURS = {"chroma", "equal", "camera"}  # kinds of noise that a grey picture cannot have
 
 
 def degrade(kind, clean, sigma, seed=0):

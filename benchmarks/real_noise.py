@@ -11,7 +11,7 @@ import numpy as np
 import config
 import data
 import denoise
-from benchmarks.noise_level import KINDS, degrade
+from benchmarks.noise_level import KINDS, OF_COLOURS, degrade
 from config import Setting
 from support import device, metrics, pixels, script
 
@@ -32,7 +32,7 @@ def main():
     print(f"PSNR in dB of {len(pictures)} pictures")
     print("| noise | noisy |" + "".join(f" {weights} |" for weights in cfg.weights))
     print("|---|---" + "|---" * len(networks) + "|")
-    for kind in [kind for kind in KINDS if not cfg.grey or kind not in ("chroma", "equal")]:
+    for kind in [kind for kind in KINDS if not (cfg.grey and kind in OF_COLOURS)]:
         values = []
         for seed, clean in enumerate(pictures):
             noisy = clean.new_tensor(degrade(kind, clean.numpy(), SIGMA, seed))

@@ -4,7 +4,7 @@
     python -m benchmarks.time_to_loss --dataset cifar10 --contenders peers.py     other networks in the same race
 
 The textbook loop (benchmarks/reference.py) trains for --minutes. A contender is train.py's own loop with a learning
-rate that falls to 0 over the time it is given, so each point of its curve is a training of its own; the shortest that
+rate that falls to 0 over the time it is given, so each point of its curve is a run of its own; the shortest that
 reaches the reference's loss is searched for, to 10%. Only training counts as time, not start-up and not evaluation.
 peers.py must define CONTENDERS = {"name": (factory, settings)}: factory() returns a network, a torch.nn.Module called
 as model(x, t); settings are train.py's where they differ from its defaults, which are made for ten epochs: the two
@@ -69,7 +69,7 @@ def fastest(attempt, most, target):
 
 
 def run_contender(factory, cfg, x_train, x_test, world, seconds, target):
-    """[(seconds, held-out loss), ...] of the search for the shortest training that reaches `target` in `seconds`."""
+    """[(seconds, held-out loss), ...] of the search for the shortest run that reaches `target` in `seconds`."""
 
     def attempt(steps, images=x_test):
         return timed.train_for(steps, factory, cfg, x_train, images, world)

@@ -106,19 +106,19 @@ def save(path, state):
 
     Tensors of a GPU are written as those of a CPU, so that any machine can read them. Raises OSError.
     """
-    state = on_cpu(state)
+    state = map_tensors(lambda x: x.cpu(), state)
     buffer = io.BytesIO()  # so that a full disk is an OSError, not an error of PyTorch's own writer
     torch.save(state | {"checksum": checksum(state)}, buffer)
     files.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def on_cpu(value):
-    """The same dict, list, tuple or plain value with its tensors on the CPU."""
+def map_tensors(f, value):
+    """The same dict, list, tuple or plain value with f(tensor) in place of every tensor."""
     if isinstance(value, torch.Tensor):
-        return value.cpu()
+        return f(value)
     if isinstance(value, dict):
-        return {name: on_cpu(item) for name, item in value.items()}
-    return type(value)(map(on_cpu, value)) if isinstance(value, list | tuple) else value
+        return {name: map_tensors(f, item) for name, item in value.items()}
+    return type(value)(map_tensors(f, item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def checksum(state):
@@ -201,7 +201,8 @@ def load(path, needs=(), settings=KNOWN):
         if missing:
             raise CheckpointError(f"{path} lacks what is needed here ({', '.join(sorted(missing))}); use another one")
         entries.check(state, settings)
-        return copied(state)
+        # Contiguous, and none sharing memory with another.
+        return map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state)
 
 
 def verify(path, state):
@@ -284,15 +285,6 @@ def make_moments(optimizer):
         group["lr"] = rate
     for p, value in zip(parameters, before):  # the step may have changed the sign of a zero
         p.copy_(value)
-
-
-def copied(value):
-    """A structure of dicts, lists and tuples, its tensors contiguous, and none sharing memory."""
-    if isinstance(value, torch.Tensor):
-        return value.clone(memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    return type(value)(copied(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager

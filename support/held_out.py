@@ -57,12 +57,13 @@ def held_out_batch(cfg, images, start):
 def levels(k, cfg):
     """t of the T-1 levels at which the loss is measured, k from 0 to T-2: the integers, or as many quantiles of
     cfg.sigma_range as they are drawn in training."""
-    return data.level_in_range((k + 0.5) / (cfg.noise_steps - 1), cfg) if cfg.sigma_range else 1 + k
+    return data.t_of_quantile((k + 0.5) / (cfg.noise_steps - 1), cfg) if cfg.sigma_range else 1 + k
 
 
 def channels_in_use(cfg, model, images):
     """{block: share of its channels in use} on the first SAMPLE test images, at levels spread evenly over the range."""
     cfg = dataclasses.replace(cfg, sigma_power=0.0)
-    x0, t, eps = held_out_batch(cfg, images[:SAMPLE], 0)
-    t = levels(torch.arange(len(t), device=t.device) * (cfg.noise_steps - 1) // len(t), cfg)
-    return channels.in_use(model, diffusion.add_noise(x0, eps, t, cfg.noise_steps), t)
+    x0 = data.scale(images[:SAMPLE])
+    t = levels(torch.arange(len(x0), device=x0.device) * (cfg.noise_steps - 1) // len(x0), cfg)
+    x_t = diffusion.add_noise(x0, data.held_out_noise(x0, 0), t, cfg.noise_steps)
+    return channels.in_use(model, x_t, t)

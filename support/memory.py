@@ -1,4 +1,4 @@
-"""Memory: what a training step frees is kept for the next step, and a lack of it is told in words."""
+"""Memory: what a training step frees is kept for the next step, and a lack of it is reported in words."""
 
 import ctypes
 import platform

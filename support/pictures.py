@@ -14,9 +14,12 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-from config import UserError
+from config import Setting, UserError, whole
 
-MAX_PIXELS = 100_000_000  # of the largest picture that is read by default
+MAX_PIXELS = 100_000_000
+SETTINGS = {
+    "max_pixels": Setting(MAX_PIXELS, whole(), "of the largest picture that is read; a small file can expand"),
+}
 SIZE = 32  # pixels, height and width of every image of the built-in data sets
 IMAGE_FILES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 # Endings of pictures that must be converted first, and what converts them: of phones, and raw ones of cameras.

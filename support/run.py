@@ -125,7 +125,7 @@ def load_images(cfg, world):
 
 
 class Run:
-    """Where a training stands, and what happens after its steps and epochs."""
+    """Where a run stands, and what happens after its steps and epochs."""
 
     def __init__(self, cfg, world, model, optimizer, images, folder, signals):
         self.cfg, self.world, self.model, self.optimizer = cfg, world, model, optimizer
@@ -221,6 +221,7 @@ class Run:
         """A row of the log, a checkpoint, a line, a figure. shares: see channels.in_use."""
         total = self.world.sum(self.loss_sum.clone()) / self.world.size
         block = min(shares, key=shares.get, default="")  # that with the smallest share
+        before = self.log[-1]["seconds"] if self.log else 0.0
         self.log.append(
             dict(
                 epoch=len(self.log),
@@ -229,7 +230,7 @@ class Run:
                 test_loss=self.finite(test_loss),
                 lr=self.lr,
                 images_per_second=round(self.speed(self.steps_per_epoch), 1),
-                seconds=round(self.seconds_before() + time.monotonic() - self.started, 1),
+                seconds=round(before + time.monotonic() - self.started, 1),
                 channels_in_use=round(shares.get(block, math.nan), 3),
                 of_block=block,
             )
@@ -318,9 +319,6 @@ class Run:
     def speed(self, steps):
         """Images a second in the epoch under way. A clock may stand still."""
         return self.cfg.batch_size * steps / max(self.seconds, 1e-9)
-
-    def seconds_before(self):
-        return self.log[-1]["seconds"] if self.log else 0.0
 
     def time_left(self):
         """At the pace of this process: what came before may have run elsewhere."""

@@ -22,7 +22,7 @@ from support import memory
 class Unfailing:
     """A text stream that drops what cannot be written and replaces what cannot be encoded.
 
-    A full disk, a closed pipe, a missing stream or an ASCII terminal must not end a training or lose a table.
+    A full disk, a closed pipe, a missing stream or an ASCII terminal must not end a run or lose a table.
     """
 
     def __init__(self, stream):

@@ -11,7 +11,7 @@ import math
 import torch
 from tqdm import tqdm
 
-MULTIPLE = 4  # of which the networks take heights and widths, and after which what they do to a pixel repeats
+MULTIPLE = 4  # heights and widths must be multiples of it, and what the networks do repeats with this period, in pixels
 CANVASES = (64, 128, 256, 512, 1024)  # pixels, tried in turn
 
 

@@ -420,6 +420,10 @@ def test_whole_pictures(tmp_path, capsys):
     read = data.whole_pictures("test", settings(data_dir=tmp_path, skip_bad_images=True))
     assert len(read) == len(made)
     assert "1 of 4 pictures cannot be read and are left out" in capsys.readouterr().err
+    for path in (tmp_path / "test").iterdir():
+        path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"none of the 4 test pictures in .* can be read"):
+        data.whole_pictures("test", settings(data_dir=tmp_path, skip_bad_images=True))
     with pytest.raises(config.UserError, match="has no whole pictures; use --dataset folder"):
         data.whole_pictures("test", settings("leaves", tmp_path))
 

@@ -63,7 +63,7 @@ def test_many_steps_solve_the_probability_flow_equation(noisy):
     assert diffusion.denoise(optimal_eps, x_t, t, T).std() < 0.9 * S
 
 
-def test_default_steps_walk_the_integer_grid_to_zero():
+def test_steps_of_every_image_go_from_its_own_level_to_zero():
     seen = []
 
     def model(x, t):
@@ -71,8 +71,8 @@ def test_default_steps_walk_the_integer_grid_to_zero():
         return torch.ones_like(x)
 
     x = torch.zeros(3, 1, 2, 2)
-    out = diffusion.denoise_steps(model, x, torch.tensor([1, 3, 2]), T)
-    assert seen == [[1, 3, 2], [0, 2, 1], [0, 1, 0]]
+    out = diffusion.denoise_steps(model, x, torch.tensor([1, 3, 2]), T, 4)
+    assert seen == [[1, 3, 2], [0.75, 2.25, 1.5], [0.5, 1.5, 1], [0.25, 0.75, 0.5]]
     # The steps of each image sum to its whole sigma.
     torch.testing.assert_close(out[:, 0, 0, 0], -torch.tensor([0.1, 0.3, 0.2]))
 

@@ -266,7 +266,7 @@ def test_the_script_and_that_its_outputs_agree(untrained, blur_alone, run_script
         errors = 127.5 * diffusion.estimate_sigma(model, x0[:3] + 25 / 127.5 * eps[:3], 10) - 25
         x_t = x0[:3] + 0.5 * eps[:3]
         one_step = diffusion.denoise(model, x_t, t, 10)
-        walks = {name: diffusion.denoise_steps(model, x_t, t, 10, sampler=name) for name in diffusion.SAMPLERS}
+        walks = {name: diffusion.denoise_steps(model, x_t, t, 10, 5, name) for name in diffusion.SAMPLERS}
     row = next(row for row in blind if (row["sigma"], row["estimate by"]) == (25, "the network"))
     assert row["mean error"]["mean"] == pytest.approx(errors.mean().item(), abs=0.01)
     assert row["mean absolute error"]["mean"] == pytest.approx(errors.abs().mean().item(), abs=0.01)
@@ -372,7 +372,7 @@ def test_files_that_exist_are_replaced_only_if_asked(untrained, run_script, tmp_
     for option, name in (("--json", "e.json"), ("--markdown", "e.md")):
         (tmp_path / name).write_text("mine")
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "load_run", None)  # it is seen before any work
+            patch.setattr(evaluate.visualize, "load_run", None)  # it is seen before any work
             code, _, err = run_script(option, name)
         assert code == 1 and re.fullmatch(rf"error: {name} exists; .*--overwrite.*\n", err)
         assert (tmp_path / name).read_text() == "mine"

@@ -45,8 +45,7 @@ SETTINGS = {
     "fresh_crops": Setting(False, bool, "draw the crops anew every epoch; the pictures are held in memory"),
     "scales": Setting((1.0,), number(float, 0, 1, above=True), "train on copies of this scale, at most 1", "+"),
     "skip_bad_images": Setting(False, bool, "leave out unreadable or too small images of a folder, with a count"),
-    "max_pixels": Setting(pictures.MAX_PIXELS, whole(), "of the largest picture that is read; a small file can expand"),
-}
+} | pictures.SETTINGS  # fmt: skip
 
 
 def load(split, cfg):
