@@ -17,7 +17,7 @@ import diffusion
 from config import Setting, UserError, file_name, real, whole
 from support import real_noise, streams
 from support.crops import Crops
-from support.datasets import DATASETS, automatic
+from support.datasets import DATASETS, automatic, refuse_pictures
 from support.device import memory_format
 from support.pictures import DataError, read
 
@@ -54,6 +54,8 @@ def resolve(cfg):
     """cfg with "auto", and other data settings left open, replaced by what they stand for. Raises UserError."""
     if cfg.dataset == "auto":
         cfg = dataclasses.replace(cfg, dataset=automatic(cfg.data_dir, typed="data_dir" in cfg.given))
+    elif cfg.dataset != "folder" and "data_dir" in cfg.given and "dataset" not in cfg.given:
+        refuse_pictures(cfg.data_dir, typed=True)  # the data set is that of a checkpoint
     chosen = DATASETS[cfg.dataset]
     for other, module in DATASETS.items():
         unused = module.SETTINGS.keys() - chosen.SETTINGS.keys()

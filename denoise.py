@@ -78,7 +78,7 @@ def denoise(image, sigma=None, strength=1, weights=None, ensemble=1):
     checkpoint; None: the best there are. ensemble: see diffusion.self_ensemble. Raises ValueError for other images and
     settings, CheckpointError, and UserError for a large image where the network must see it as a whole.
     """
-    if ensemble not in range(1, 9):
+    if not (isinstance(ensemble, int) and 1 <= ensemble <= 8):
         raise ValueError("ensemble must be a whole number from 1 to 8")
     if not (0 < strength <= LARGEST and (sigma is None or 0 < sigma <= LARGEST)):
         raise ValueError(f"sigma and strength must be above 0 and at most {LARGEST}")
@@ -136,7 +136,7 @@ def run(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
         gain = 1.0 if knows_equal_noise(network.trained) else math.sqrt(3)
         source, model = noisy[:1], diffusion.grey(model, T, gain)
     level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
-    t = diffusion.t_of(torch.tensor([strength * level.sigma], device=network.device), T)
+    t = diffusion.t_of(torch.tensor([strength * level.sigma], dtype=torch.float32, device=network.device), T)
     # Tiles in tiles: the outer ones, with a margin for every step, bound the memory of a whole denoising, the inner
     # ones that of one call of the network. With one step they coincide.
     in_tiles = tiles.tiled(diffusion.self_ensemble(model, ensemble), size, margin)

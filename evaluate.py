@@ -167,8 +167,7 @@ def main():
     shares = held_out.channels_in_use(trained, model, images) if len(images) else {}
     precision, knows_level = device.pick_precision(cfg.precision, place), getattr(model, "knows_t", True)
     adapt = measure.of_any_size if pictures else measure.in_precision
-    for name, (net, T) in networks.items():
-        networks[name] = diffusion.self_ensemble(adapt(net, precision), cfg.ensemble), T
+    networks = {name: (adapt(net, precision, cfg.ensemble), T) for name, (net, T) in networks.items()}
     if pictures:
         denoiser = denoise.load(weights, cfg.device, cfg.precision)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import config
 import data
-from benchmarks.noise_level import blur, colour, demosaiced, shot_and_read, to_8_bits, true_sigma, white
+from benchmarks.noise_level import blur, colour, shot_and_read, to_8_bits, true_sigma, white
 from config import REQUIRED, Setting, UserError, name_ending, whole
 from support import checkpoint, files, noise_level, script
 from support.real_noise import through_jpeg
@@ -54,13 +54,11 @@ def scene(picture, random):
 
 def noise_like(clean, random):
     """Noise of unit variance, white or not; grey pictures get grey noise."""
-    noise, grey = random.standard_normal(clean.shape), (clean == clean[:1]).all()
-    if random.random() < 0.3 and not grey:
-        return demosaiced(noise)
+    noise = random.standard_normal(clean.shape)
     if random.random() < 0.6:
         noise = blur(noise, random.uniform(0.2, 1.2))
     kind = random.random()
-    if kind < 0.15 or grey:
+    if kind < 0.15 or (clean == clean[:1]).all():
         noise = colour(noise, 0)
     elif kind < 0.5:
         noise = colour(noise, random.uniform(0, 3))
@@ -77,9 +75,9 @@ def processed(random):
 
     def process(pixels):
         image = Image.fromarray(pixels.transpose(1, 2, 0))
-        if kind < 0.2:
+        if kind < 0.12:
             image = image.resize([max(32, int(n * factor)) for n in image.size], Image.Resampling.BICUBIC)
-        elif kind < 0.3:
+        elif kind < 0.2:
             image = image.filter(ImageFilter.UnsharpMask(radius, percent, 0))
         return np.asarray(image).transpose(2, 0, 1)
 
@@ -95,7 +93,7 @@ def example(picture, seed):
     noisy = to_8_bits(add(clean.astype(float), sigma, noise_like(clean, random)))
     process = processed(random)
     clean, noisy = process(clean), process(noisy)
-    if random.random() < 0.5:
+    if random.random() < 0.45:
         quality, chroma = int(random.integers(60, 99)), int(random.choice([0, 2, 2, 2]))  # 2: at half resolution
         noisy = through_jpeg(noisy, quality, subsampling=chroma)
     features, _ = noise_level.statistics(noise_level.windows(noisy))

@@ -237,7 +237,7 @@ def load_model(path, device):
     with errors_naming(path):
         state = load(path)
         with torch.device("meta"):  # shapes alone, which take no memory until the file proves to have such weights
-            model = unet.build(**entries.network_of(state))
+            model = unet.build(**entries.network_of(state)).float()  # whatever the program's default dtype is
         entries.check_weights(state["model"], model.state_dict())
         weights = {name: state["model"][name].to(like.dtype) for name, like in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)

@@ -40,7 +40,7 @@ def check(state, settings):
     for name in {"epoch", "step"} & state.keys():
         must(is_number(state[name], int), name, "a whole number of at least 0")
     must(is_number(state.get("seconds", 0)), "seconds", "a number of at least 0")
-    sums = state.get("loss_sums", torch.zeros(1))
+    sums = state.get("loss_sums", torch.zeros(1, dtype=torch.float32))
     must(is_finite(sums, torch.float32) and sums.ndim == 1 and len(sums), "loss_sums", "a finite float32 per process")
     images = state.get("data", dict(source="", fingerprint=""))
     fits = isinstance(images, dict) and is_plain(images)

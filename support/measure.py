@@ -95,20 +95,21 @@ def network(model, T, steps=1, sampler="euler"):
     return estimate
 
 
-def in_precision(model, precision):
-    """model(x, t) under autocast, see also held_out.in_parts."""
+def in_precision(model, precision, ensemble):
+    """model(x, t) under autocast, see also held_out.in_parts; ensemble: see diffusion.self_ensemble."""
+    average = diffusion.self_ensemble(in_parts(model), ensemble)
 
     def eps_hat(x, t):
         with device.autocast(x.device, precision):
-            return in_parts(model)(x, t)
+            return average(x, t)
 
     return eps_hat
 
 
-def of_any_size(model, precision):
-    """model(x, t) under autocast, for images of any height and width, in tiles. model: an nn.Module."""
+def of_any_size(model, precision, ensemble):
+    """The same for images of any height and width, in tiles. model: an nn.Module."""
     margin = tiles.margin_of(tiles.receptive_field(model))
-    in_tiles = tiles.tiled(in_precision(model, precision), TILE, margin)
+    in_tiles = tiles.tiled(in_precision(model, precision, ensemble), TILE, margin)
 
     def eps_hat(x, t):
         height, width = x.shape[-2:]

@@ -134,7 +134,7 @@ class Run:
         self.step = 0
         self.log = []  # one row per epoch
         self.seconds = 0.0  # of the epoch under way
-        self.began = None  # when this process began to train, and at which step
+        self.began = None  # when this process began to train, see time_left, and at which step
         self.loss_sum = torch.zeros((), device=world.device)  # of the epoch under way, on this rank
         self.unsaved = None  # what was wrong with the last save
         settings = dataclasses.asdict(cfg)
@@ -222,6 +222,8 @@ class Run:
         total = self.world.sum(self.loss_sum.clone()) / self.world.size
         block = min(shares, key=shares.get, default="")  # that with the smallest share
         before = self.log[-1]["seconds"] if self.log else 0.0
+        began, step = self.began
+        self.began = began + time.monotonic() - self.started - self.seconds, step  # without what was measured just now
         self.log.append(
             dict(
                 epoch=len(self.log),
@@ -321,9 +323,11 @@ class Run:
         return self.cfg.batch_size * steps / max(self.seconds, 1e-9)
 
     def time_left(self):
-        """At the pace of this process: what came before may have run elsewhere."""
+        """At the pace of this process's steps (what came before may have run elsewhere), as text; ?: it made none."""
         began, step = self.began
-        pace = (time.monotonic() - began) / max(self.step - step, 1)
+        if self.step == step:
+            return "?"
+        pace = (time.monotonic() - began) / (self.step - step)
         return tqdm.format_interval(pace * (self.cfg.epochs * self.steps_per_epoch - self.step))
 
     def close(self):

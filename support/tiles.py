@@ -35,7 +35,7 @@ def receptive_field(model):
 def spread(model, size, flipped):
     """How far a NaN goes along the longer side of a narrow canvas; math.inf if it comes to an end of it."""
     place = size // 2 + torch.arange(MULTIPLE)  # every phase of the pooling, each in an image of its own
-    x = torch.zeros(MULTIPLE, 3, size, MULTIPLE)
+    x = torch.zeros(MULTIPLE, 3, size, MULTIPLE, dtype=torch.float32)
     x[torch.arange(MULTIPLE), :, place] = math.nan
     eps_hat = model(x.mT if flipped else x, torch.ones(MULTIPLE))
     reached = (eps_hat.mT if flipped else eps_hat).isnan().any(dim=3).any(dim=1)  # (MULTIPLE, size)
@@ -53,7 +53,7 @@ def repeats(model, margin):
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.normal_(0, 2 / math.sqrt(weight[0].numel()), generator=random)
-    x = torch.randn(1, 3, 4 * rows, MULTIPLE, generator=random)
+    x = torch.randn(1, 3, 4 * rows, MULTIPLE, generator=random, dtype=torch.float32)
     whole, part = (model(image, torch.ones(1))[:, :, :rows] for image in (x, x[:, :, : 2 * rows]))
     return bool((whole - part).abs().max() <= 1e-4 * whole.std(correction=0))
 

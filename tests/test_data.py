@@ -213,6 +213,10 @@ def test_pictures_are_not_ignored_by_auto(pictures, tmp_path, monkeypatch):
     typed = dataclasses.replace(settings("auto", tmp_path), given=frozenset({"data_dir"}))
     with pytest.raises(DataError, match="holds pictures; add --dataset folder"):
         data.resolve(typed)
+    trained = dataclasses.replace(typed, dataset="leaves")  # the data set of a checkpoint, the folder typed
+    with pytest.raises(DataError, match="holds pictures; add --dataset folder"):
+        data.resolve(trained)
+    assert data.resolve(dataclasses.replace(trained, given=frozenset({"data_dir", "dataset"}))).dataset == "leaves"
     (tmp_path / "cifar-10-batches-py").mkdir()  # a name that says what is meant
     with pytest.raises(DataError, match="holds pictures"):
         support.datasets.automatic(tmp_path / "below", typed=True)

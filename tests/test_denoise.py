@@ -357,7 +357,7 @@ def test_the_mean_over_orientations_does_not_depend_on_the_orientation(weights):
     assert abs(clean(image[:, ::-1], 1)[:, ::-1] - clean(image, 1)).max() > 1e-3
     np.testing.assert_allclose(clean(image[:, ::-1], 2)[:, ::-1], clean(image, 2), atol=1e-5)
     np.testing.assert_allclose(np.rot90(clean(np.rot90(image), 8), -1), clean(image, 8), atol=1e-5)
-    for count in (0, 9, 1.5):
+    for count in (0, 9, 1.5, 2.0):
         with pytest.raises(ValueError, match="ensemble must be a whole number from 1 to 8"):
             clean(image, count)
 
@@ -369,12 +369,29 @@ def test_grey_stays_grey(image, weights):
     assert not np.array_equal(clean, image)
 
 
+def test_the_default_dtype_of_the_program_makes_no_difference(weights):
+    expected = denoise.denoise(COLOUR, 20, weights=weights["unet"])
+    denoise.load_once.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(denoise.denoise(COLOUR, 20, weights=weights["unet"]), expected)
+        denoise.denoise(COLOUR, weights=weights["unet"])  # estimated
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_python_is_left_as_it_was(weights):
     x = torch.zeros(3, 8, 8, requires_grad=True)
     before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
     clean = denoise.denoise(x, weights=weights["unet"])
     clean.clamp_(-1, 1)  # three planes of their own, though they are equal
     assert before == (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    denoise.noise_level.regression.cache_clear()  # as in a program that denoises for the first time
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    denoise.denoise(noise(96, 96, 3), weights=weights["unet"])
+    assert torch.rand(1) == expected
     assert not clean.requires_grad
     (x * clean).sum().backward()  # which an inference tensor would not take part in
 

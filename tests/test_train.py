@@ -235,6 +235,35 @@ def test_the_time_left_is_told_at_the_pace_of_this_machine(run, capsys):
     assert re.search(r"epoch 2/3: .*, \d\d:\d\d left", capsys.readouterr().out)  # minutes and seconds
 
 
+def test_the_time_left_is_that_of_steps_not_of_measuring(run, capsys, monkeypatch):
+    """An hour passes in every measurement; one process only measures, having come when the steps were done."""
+    clock = types.SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr(runs, "time", clock)
+
+    def measure(*args):
+        clock.now += 3600
+        return 0.5
+
+    monkeypatch.setattr(train, "held_out_loss", measure)
+    after_step = runs.Run.after_step
+
+    def step(self, loss):
+        clock.now += 2
+        after_step(self, loss)
+
+    monkeypatch.setattr(runs.Run, "after_step", step)
+    run("--epochs", 3, *SMALL)
+    left = re.findall(r"epoch \d/3: .*, (\S+) left", capsys.readouterr().out)
+    steps = checkpoint.load("model/unet32_e0.pth")["step"]
+    assert left == [runs.tqdm.format_interval(2 * steps * epochs) for epochs in (2, 1, 0)]
+    state = checkpoint.load("model/unet32_e0.pth")
+    for path in Path("model").glob("*.pth"):
+        path.unlink()
+    checkpoint.save(f"model/unet32_e0_s{steps}.pth", dict(state, log=[]))
+    run("--resume", "auto")
+    assert re.findall(r"epoch \d/3: .*, (\S+) left", capsys.readouterr().out)[0] == "?"
+
+
 def test_tensorboard_and_wandb_are_given_the_newest_row(monkeypatch, tmp_path):
     calls = []
 

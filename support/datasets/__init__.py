@@ -25,16 +25,22 @@ DATASETS = {"cifar10": cifar10, "folder": folder, "leaves": leaves}
 def automatic(data_dir, typed):
     """What --dataset auto stands for: cifar10 if it is in data_dir or can be downloaded, else leaves, with a warning.
 
-    Raises DataError if data_dir holds pictures, in a folder that was `typed` below it too: they are hardly meant to be
-    ignored.
+    Raises DataError for a folder of pictures, see refuse_pictures.
     """
-    names = set(os.listdir(data_dir)) if os.path.isdir(data_dir) else set()
-    below = names and typed and not cifar10.FILES & names and image_files(data_dir)
-    if below or {"train", "test"} <= names or IMAGE_FILES & {Path(name).suffix.lower() for name in names}:
-        raise DataError(f"{data_dir} holds pictures; add --dataset folder to use them, or --dataset cifar10 or leaves")
+    refuse_pictures(data_dir, typed)
     try:
         cifar10.read("test", data_dir)
         return "cifar10"
     except DataError as error:
         print(f"WARNING: using the built-in images instead of CIFAR-10: {error}", file=sys.stderr)
         return "leaves"
+
+
+def refuse_pictures(data_dir, typed):
+    """Raises DataError if data_dir holds pictures, in a folder that was `typed` below it too: they are hardly meant to
+    be ignored.
+    """
+    names = set(os.listdir(data_dir)) if os.path.isdir(data_dir) else set()
+    below = names and typed and not cifar10.FILES & names and image_files(data_dir)
+    if below or {"train", "test"} <= names or IMAGE_FILES & {Path(name).suffix.lower() for name in names}:
+        raise DataError(f"{data_dir} holds pictures; add --dataset folder to use them, or --dataset cifar10 or leaves")
