@@ -95,7 +95,7 @@ def network(model, T, steps=1, sampler="euler"):
     return estimate
 
 
-def in_precision(model, precision, ensemble):
+def in_precision(model, precision, ensemble=1):
     """model(x, t) under autocast, see also held_out.in_parts; ensemble: see diffusion.self_ensemble."""
     average = diffusion.self_ensemble(in_parts(model), ensemble)
 
@@ -106,7 +106,7 @@ def in_precision(model, precision, ensemble):
     return eps_hat
 
 
-def of_any_size(model, precision, ensemble):
+def of_any_size(model, precision, ensemble=1):
     """The same for images of any height and width, in tiles. model: an nn.Module."""
     margin = tiles.margin_of(tiles.receptive_field(model))
     in_tiles = tiles.tiled(in_precision(model, precision, ensemble), TILE, margin)
