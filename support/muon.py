@@ -23,6 +23,55 @@ POLYNOMIALS = (
 )
 
 
+class Muon(torch.optim.AdamW):
+    """AdamW in which parameters of two and more dimensions take orthogonalized steps.
+
+    A kernel is a matrix (out, in * k * k), that of a transposed convolution (in, out * k * k). Nesterov momentum of
+    MOMENTUM. A step's root mean square is 0.2 * SCALE * lr, that of a typical AdamW step being 0.2 * lr (Liu et al.
+    2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.directions = device.Recorded(directions)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.ndim >= 2 and p.grad is not None]
+            if matrices:
+                self.orthogonal_step(matrices, group["lr"], group["weight_decay"])
+        super().step()
+
+    def orthogonal_step(self, matrices, lr, weight_decay):
+        gradients, momenta = [p.grad for p in matrices], [self.momentum(p) for p in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        steps = self.directions(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        torch._foreach_add_(matrices, steps, alpha=-lr)
+        for p in matrices:
+            p.grad = None  # AdamW passes over it
+
+    def momentum(self, p):
+        if not self.state[p]:  # AdamW looks for a step in each
+            self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+        return self.state[p]["momentum"]
+
+
+def directions(momenta):
+    """The steps of matrices with these momenta at a learning rate of 1: tensors like `momenta`."""
+    same_shape = collections.defaultdict(list)
+    steps = [torch.empty_like(momentum) for momentum in momenta]
+    for momentum, step in zip(momenta, steps):
+        same_shape[momentum.flatten(1).shape].append((momentum.flatten(1), step))
+    for shape, pairs in same_shape.items():
+        matrices, places = zip(*pairs)
+        rms = 0.2 * SCALE * max(shape) ** 0.5  # times that of an orthogonal matrix, 1 / sqrt(longer side)
+        for step, direction in zip(places, orthogonalize(torch.stack(matrices))):
+            step.copy_(direction.view_as(step)).mul_(rms)
+    return steps
+
+
 def orthogonalize(m):
     """The orthogonal factors U V^T of matrices m = U S V^T, roughly: (B, rows, columns) -> the same.
 
@@ -39,37 +88,3 @@ def orthogonalize(m):
         even = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, even, x, beta=a)
     return x.mT if tall else x
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW in which parameters of two and more dimensions take orthogonalized steps.
-
-    A kernel is a matrix (out, in * k * k), that of a transposed convolution (in, out * k * k); matrices of one shape
-    are orthogonalized together. Nesterov momentum of MOMENTUM. A step's root mean square is 0.2 * SCALE * lr, that of
-    a typical AdamW step being 0.2 * lr (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and weight decay
-    serve both kinds.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            same_shape = collections.defaultdict(list)
-            for p in group["params"]:
-                if p.ndim >= 2 and p.grad is not None:
-                    same_shape[p.flatten(1).shape].append(p)
-            for parameters in same_shape.values():
-                self.orthogonal_step(parameters, group["lr"], group["weight_decay"])
-        super().step()
-
-    def orthogonal_step(self, parameters, lr, weight_decay):
-        directions = orthogonalize(torch.stack([self.nesterov(p) for p in parameters]))
-        rms = 0.2 * SCALE * max(directions.shape[1:]) ** 0.5  # times their own, 1 / sqrt(longer side)
-        for p, direction in zip(parameters, directions):
-            p.mul_(1 - lr * weight_decay).add_(direction.view_as(p), alpha=-lr * rms)
-            p.grad = None  # AdamW passes over it
-
-    def nesterov(self, p):
-        if not self.state[p]:  # AdamW looks for a step in each
-            self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-        momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-        return p.grad.lerp(momentum, MOMENTUM).flatten(1)

@@ -17,19 +17,25 @@ ROUNDING = math.sqrt(1 / 12) / GREY_LEVELS  # the noise level of 8 bits: no JPEG
 def correlate(eps, random, share):
     """White noise eps (B, 3, H, W) of unit variance, in a `share` of the images made like that of a camera or scanner.
 
-    There it is correlated across pixels and channels, in the others it stays white: it is blurred by a Gaussian of 0 to
-    0.8 pixels, and the differences between the channels become 0 to 2 times as strong (0: all three are equal). The
+    There it is correlated across pixels and channels, in the others it stays white. The mean of the channels is blurred
+    by a Gaussian of 0 to 0.8 pixels, their differences by 0 to 0.8 pixels more, as interpolation of a sensor's one
+    colour a pixel and coarser chroma do it; these become 0 to 2 times as strong (0: all three channels are equal). The
     mean variance of the channels stays 1.
     """
-    chosen, width, chroma = torch.rand(3, len(eps), 1, 1, 1, generator=random, device=eps.device)
-    width, chroma = 0.8 * width, 2 * chroma
-    y, x = (torch.fft.fftfreq(n, device=eps.device) for n in eps.shape[2:])
+    chosen, width, more, chroma = torch.rand(4, len(eps), 1, 1, 1, generator=random, device=eps.device)
+    chroma = 2 * chroma
+    luma = eps.mean(dim=1, keepdim=True)
+    colours = blur(eps - luma, 0.8 * (width + more))
+    correlated = (blur(luma, 0.8 * width) + chroma * colours) / ((1 + 2 * chroma**2) / 3).sqrt()
+    return torch.where(chosen < share, correlated, eps)
+
+
+def blur(noise, width):
+    """White noise (B, C, H, W) after a Gaussian filter of `width` pixels, (B, 1, 1, 1), its variance as before."""
+    y, x = (torch.fft.fftfreq(n, device=noise.device) for n in noise.shape[2:])
     response = torch.exp(-2 * (math.pi * width * torch.hypot(y[:, None], x)) ** 2)
     gain = response.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    blurred = torch.fft.ifft2(torch.fft.fft2(eps) * response).real / gain
-    common = blurred.mean(dim=1, keepdim=True)
-    correlated = (common + chroma * (blurred - common)) / ((1 + 2 * chroma**2) / 3).sqrt()
-    return torch.where(chosen < share, correlated, eps)
+    return torch.fft.ifft2(torch.fft.fft2(noise) * response).real / gain
 
 
 def compress(x0, t, eps, qualities, T):
@@ -39,12 +45,13 @@ def compress(x0, t, eps, qualities, T):
     noise's root mean square, at most T, and its eps has unit variance as before.
     """
     t, eps = t.to(torch.float32, copy=True), eps.clone()
-    for i in qualities.nonzero().flatten().tolist():
-        noisy = diffusion.add_noise(x0[i : i + 1], eps[i : i + 1], t[i : i + 1], T)[0]
-        pixels = through_jpeg(from_x(noisy, torch.uint8).cpu().numpy(), int(qualities[i]))
-        noise = to_x(torch.from_numpy(pixels)).to(x0.device) - x0[i]
-        sigma = noise.square().mean().sqrt().clamp(ROUNDING, diffusion.sigma_of(T, T))
-        t[i], eps[i] = diffusion.t_of(sigma, T), noise / sigma
+    chosen = qualities.nonzero().flatten()
+    noisy = from_x(diffusion.add_noise(x0[chosen], eps[chosen], t[chosen], T), torch.uint8).cpu().numpy()
+    after = [through_jpeg(*pair) for pair in zip(noisy, qualities[chosen].tolist())]
+    if after:
+        noise = to_x(torch.from_numpy(np.stack(after))).to(x0.device) - x0[chosen]
+        sigma = noise.square().mean(dim=(1, 2, 3)).sqrt().clamp(ROUNDING, diffusion.sigma_of(T, T))
+        t[chosen], eps[chosen] = diffusion.t_of(sigma, T), noise / sigma[:, None, None, None]
     return t, eps
 
 
