@@ -154,14 +154,16 @@ def draw_noise(shape, cfg, device, step):
     cfg.noise "mixed": see real_noise.correlate.
     """
     T, random = cfg.noise_steps, streams.generator(device, cfg.seed, streams.NOISE, step)
-    t = torch.randint(1, T, shape[:1], generator=random, device=device)  # always, so that eps is the same for any t
+    t = torch.randint(
+        1, T, shape[:1], generator=random, device=device
+    )  # drawn even if replaced below, so that eps does not depend on it
     eps = torch.randn(shape, generator=random, device=device)
     if cfg.sigma_range:
         t = t_of_quantile(torch.rand(shape[:1], generator=random, device=device), cfg)
     elif cfg.continuous_t:
         t = t + torch.rand(shape[:1], generator=random, device=device) - 0.5
     if cfg.noise == "mixed":
-        eps = real_noise.correlate(eps, random, cfg.noise_shares[0])
+        t, eps = t.float(), real_noise.correlate(eps, random, cfg.noise_shares[0])
     return t, eps
 
 

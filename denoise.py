@@ -125,8 +125,8 @@ class Result(NamedTuple):
 def run(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     """The Result for pixels (C, H, W) of any height and width: uint8, uint16, or floating in [-1, 1]; C is 1 or 3.
 
-    sigma: in units of the [-1, 1] scale; None: estimated. ensemble: see diffusion.self_ensemble. Beside copies of the
-    pixels, the memory is bounded.
+    sigma: in units of the [-1, 1] scale; None: estimated. ensemble: see diffusion.self_ensemble. Apart from copies of
+    the pixels, memory use is bounded.
     """
     model, T, margin, size = network.model, network.trained.noise_steps, network.margin, TILE[network.precision]
     if margin == math.inf and noisy[0].numel() > WHOLE:
@@ -159,7 +159,7 @@ def is_grey(noisy):
 
 
 def knows_equal_noise(trained):
-    """Whether a network has seen noise that is equal in all channels, see real_noise.correlate."""
+    """Whether a network has seen noise that is nearly equal in all channels, see real_noise.correlate."""
     return trained.noise == "mixed" and trained.noise_shares[0] > 0
 
 

@@ -61,7 +61,7 @@ def denoise_steps(model, x_t, t, T, steps, sampler="euler"):
 
     sampler: one of SAMPLERS; one step of "euler" is `denoise`. Returns x0_hat, shaped like x_t.
     """
-    # So that the last is 0 exactly: next to 0 the model, which heun would call, knows nothing.
+    # The last is exactly 0: at a tiny positive t, for which no model is trained, heun would call it.
     ts = [t.float() * (1 - k / steps) for k in range(steps + 1)]
     return SAMPLERS[sampler](model, x_t, ts, T)
 
@@ -119,8 +119,8 @@ def estimate_sigma(model, x_t, T, iterations=9, highest=None):
 
     It is the level of greatest likelihood. The density p of the noisy images obeys the heat equation, dp/dsigma =
     sigma * laplacian(p), and its score is -eps_hat / sigma; hence d log p / dsigma = |eps_hat|^2 / sigma - div eps_hat.
-    The root is found by bisection of 0 < t < highest (by default T); each iteration halves the error. An answer next to
-    either end means "at most" or "at least" that level. The divergence is Hutchinson's estimate (1990) with one
+    The root is found by bisection of 0 < t < highest (by default T); each iteration halves the interval. An answer next
+    to either end means "at most" or "at least" that level. The divergence is Hutchinson's estimate (1990) with one
     fixed random probe. The model, called twice per iteration, must know the time step and be differentiable almost
     everywhere.
     """

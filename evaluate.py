@@ -79,8 +79,8 @@ def evaluate_images(cfg, networks, knows_level, images):
 
 
 @torch.inference_mode()
-def evaluate_pictures(cfg, networks, blind, pictures, place):
-    """The tables for whole pictures, see data.whole_pictures. blind: x0_hat of x_t with unknown noise; or None."""
+def evaluate_pictures(cfg, networks, knows_level, pictures, place, weights):
+    """The tables for whole pictures, see data.whole_pictures. weights: the network's, for denoise.py's estimate."""
     every = len(pictures)
     denoisers = {"noisy": (every, noisy)} | {name: (every, network(*net)) for name, net in networks.items()}
     if cfg.baselines and "BM3D" in (methods := classical.methods()):
@@ -90,7 +90,13 @@ def evaluate_pictures(cfg, networks, blind, pictures, place):
         denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
     records = measure.pictures(pictures, WHOLE_LEVELS, denoisers, place)
     told = {f"{sigma}": (every, measure.told(network(*networks["network"]), sigma)) for sigma in TOLD}
-    told |= {"estimated, as by denoise.py": (every, lambda x_t, _: blind(x_t))} if blind else {}
+    if knows_level:
+        denoiser = denoise.load(weights, cfg.device, cfg.precision)
+
+        def blind(x_t, _):
+            return denoise.run(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(place)
+
+        told["estimated, as by denoise.py"] = every, blind
     clean = measure.pictures(pictures, (0,), told, place)
     # The literature reports on CBSD68: 68 pictures of 481x321 or 321x481 pixels.
     cbsd68 = every == 68 and all(sorted(read().shape[1:]) == [321, 481] for read in pictures)
@@ -104,9 +110,24 @@ def held_out_pictures(cfg):
     if cfg.whole is False or cfg.dataset != "folder":
         return []
     pictures = data.whole_pictures("test", cfg)
-    if cfg.whole or any(max(read().shape[1:]) > cfg.crop_size for read in pictures):
-        return pictures
-    return []
+    if not cfg.whole and all(max(read().shape[1:]) <= cfg.crop_size for read in pictures):
+        return []
+    unused = "whole pictures are denoised in one step; leave {} out, or measure crops (--no-whole)"
+    config.refuse(cfg, {"steps", "subset"}, unused)
+    return pictures
+
+
+def held_out_images(cfg, pictures):
+    """uint8 images of one size, and a sentence that says where they come from. Of whole `pictures`: cut from them."""
+    if not pictures:
+        images, source = data.load("test", cfg)
+        # In an order in which the first few are a fair sample, of any folder.
+        order = torch.randperm(len(images), generator=streams.generator("cpu", 0, streams.CHOICE, 0))
+        return images[order], source
+    source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
+    if not folder.is_sorted(cfg.data_dir):
+        source += ", a fixed tenth of it (to choose others, sort it into train/ and test/)"
+    return measure.middles(pictures, cfg.crop_size, held_out.SAMPLE), source
 
 
 def check_reports(cfg):
@@ -147,21 +168,11 @@ def main():
         control, trained_control = checkpoint.load_model(cfg.control, place)
         networks["control"] = control, trained_control.noise_steps
     pictures = held_out_pictures(cfg)
-    if pictures:
-        unused = "whole pictures are denoised in one step; leave {} out, or measure crops (--no-whole)"
-        config.refuse(cfg, {"steps", "subset"}, unused)
-        source = f"{len(pictures):,} whole test pictures in {cfg.data_dir}"
-        if not folder.is_sorted(cfg.data_dir):
-            source += ", a fixed tenth of it (to choose others, sort it into train/ and test/)"
-        images = measure.middles(pictures, cfg.crop_size, held_out.SAMPLE)
-    else:
-        images, source = data.load("test", cfg)
-        # In an order in which the first few are a fair sample, of any folder.
-        images = images[torch.randperm(len(images), generator=streams.generator("cpu", 0, streams.CHOICE, 0))]
-        figure = script.figure_path(cfg.out_dir, f"evaluation_{weights.stem}.png")
     if cfg.baselines is None:
         cfg = dataclasses.replace(cfg, baselines=0 if pictures else 100)
+    images, source = held_out_images(cfg, pictures)
     images = images.to(place)
+    figure = None if pictures else script.figure_path(cfg.out_dir, f"evaluation_{weights.stem}.png")
     print(f"data: {source}; weights: {weights}")
 
     shares = held_out.channels_in_use(trained, model, images) if len(images) else {}
@@ -169,19 +180,14 @@ def main():
     adapt = measure.of_any_size if pictures else measure.in_precision
     networks = {name: (adapt(net, precision, cfg.ensemble), T) for name, (net, T) in networks.items()}
     if pictures:
-        denoiser = denoise.load(weights, cfg.device, cfg.precision)
-
-        def blind(x_t):
-            return denoise.run(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(place)
-
-        made = evaluate_pictures(cfg, networks, blind if knows_level else None, pictures, place)
+        made = evaluate_pictures(cfg, networks, knows_level, pictures, place, weights)
     else:
         made, records = evaluate_images(cfg, networks, knows_level, images)
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
     about |= dict(ensemble=cfg.ensemble, precision=str(precision).removeprefix("torch."), **device.describe(place))
     about |= dict(seconds=round(time.monotonic() - started, 1), measures=MEASURES)
     report(cfg, about, [*made, tables.channels(shares)] if shares else made)
-    if not pictures:
+    if figure:
         T = trained.noise_steps
         figures.evaluation(figure, *tables.curves(records, cfg.subset, measure.shown_levels(T)))
         print(f"figure saved: {figure}")

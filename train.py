@@ -11,6 +11,7 @@ of its own: --out-dir.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import shlex
@@ -60,7 +61,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
     # the run
     "seed":                Setting(0, whole(0), "every random number of a run follows from it"),
     **device.SETTINGS,
-    "compile":             Setting(None, bool, "compile the network, a minute at the start; None: on CUDA"),
+    "compile":             Setting(None, bool, "compile the network, a minute, and record CUDA graphs; None: on CUDA"),
     "out_dir":             Setting("model", config.file_name, "folder for checkpoints, log.csv and figures (in res/)"),
     "save_model_epochs":   Setting(1, whole(), "epochs between checkpoints; the last is always saved"),
     "save_every_steps":    Setting(None, whole(), "save inside an epoch too, every so many updates; None: never"),
@@ -120,7 +121,9 @@ def set_lr(optimizer, lr):
 
 
 def make_optimizer(cfg, model):
-    kind = muon.Muon if cfg.optimizer == "muon" else torch.optim.AdamW
+    kind = torch.optim.AdamW
+    if cfg.optimizer == "muon":
+        kind = functools.partial(muon.Muon, record=cfg.compile is not False)
     return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
 
 

@@ -19,7 +19,7 @@ SETTINGS = {
 def pick(name, local_rank=0, world=1):
     """The torch.device of --device; auto: CUDA (this process's own GPU), then Apple's MPS, then the CPU.
 
-    Raises UserError if a device that was named cannot be used; auto then falls back to the CPU with a warning.
+    Raises UserError if it cannot be used; one process with auto falls back to the CPU with a warning instead.
     """
     auto = name == "auto"
     if auto:
@@ -56,47 +56,6 @@ def pick_precision(name, device):
 def bfloat16_is_fast():
     """Whether this CPU multiplies bfloat16 in hardware; torch.backends.mkldnn's test is true where it is emulated."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-class Recorded:
-    """A function of a list of tensors to a list of tensors, whose kernels are launched all at once on CUDA.
-
-    There the first call with tensors of some shapes records a CUDA graph, which the later ones replay; they overwrite
-    the results of the call before. Elsewhere, and where recording fails, it is the function itself.
-    """
-
-    def __init__(self, function):
-        self.function, self.recordings = function, {}
-
-    def __call__(self, tensors):
-        if tensors[0].device.type != "cuda":
-            return self.function(tensors)
-        shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self.recordings:
-            try:
-                self.recordings[shapes] = self.record(tensors)
-            except RuntimeError as error:
-                self.recordings[shapes] = None
-                reason = str(error).splitlines()[0]
-                print(f"WARNING: no CUDA graph can be recorded here ({reason}); going on without", file=sys.stderr)
-        if self.recordings[shapes] is None:
-            return self.function(tensors)
-        graph, inputs, results = self.recordings[shapes]
-        torch._foreach_copy_(inputs, tensors)
-        graph.replay()
-        return results
-
-    def record(self, tensors):
-        inputs = [tensor.clone() for tensor in tensors]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up at a first call, which cannot be recorded
-            self.function(inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may go on meanwhile
-            results = self.function(inputs)
-        return graph, inputs, results
 
 
 def autocast(device, precision):

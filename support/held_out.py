@@ -55,8 +55,8 @@ def held_out_batch(cfg, images, start):
 
 
 def levels(k, cfg):
-    """t of the T-1 levels at which the loss is measured, k from 0 to T-2: the integers, or as many quantiles of
-    cfg.sigma_range as they are drawn in training."""
+    """t of the T-1 levels at which the loss is measured, k from 0 to T-2: the integers from 1 to T-1 or, with
+    cfg.sigma_range, evenly spaced quantiles of the distribution from which training draws."""
     return data.t_of_quantile((k + 0.5) / (cfg.noise_steps - 1), cfg) if cfg.sigma_range else 1 + k
 
 

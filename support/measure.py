@@ -21,7 +21,7 @@ from support.metrics import METRICS
 
 TILE = 608  # pixels, height and width of the largest part of a picture that it is given; one of CBSD68 fits
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
-MOST_LEVELS = 17  # integer noise levels, beside those of the literature
+MOST_LEVELS = 17  # integer noise levels, besides those of the literature
 STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far as they are fewer than the last
 
 
@@ -73,7 +73,7 @@ def shown_levels(T):
 
 
 def step_counts(t, T, last):
-    """The numbers of steps to try from level t, beside 1: the last, and at shown_levels others too."""
+    """The numbers of steps to try from level t, besides 1: the last, and at shown_levels others too."""
     last = last or min(math.ceil(t), figures.MOST_STEPS)
     return sorted(({k for k in STEPS if k < last and t in shown_levels(T)} | {last}) - {1})
 

@@ -9,10 +9,11 @@ import collections
 
 import torch
 
+from config import UserError
 from support import device
 
 MOMENTUM = 0.95
-SCALE = 2.0  # the steps of matrices are so many times those that are typical of AdamW
+SCALE = 2.0  # root mean square of a matrix's step over that of a typical AdamW step
 # Odd polynomials a x + b x^3 + c x^5, applied one after the other to the singular values: the first three of Polar
 # Express (Amsel et al. 2025, arXiv 2505.16932). More, or Jordan's five, bring the values nearer to 1, cost more and
 # train no better.
@@ -28,12 +29,12 @@ class Muon(torch.optim.AdamW):
 
     A kernel is a matrix (out, in * k * k), that of a transposed convolution (in, out * k * k). Nesterov momentum of
     MOMENTUM. A step's root mean square is 0.2 * SCALE * lr, that of a typical AdamW step being 0.2 * lr (Liu et al.
-    2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
+    2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds. record: see Recorded.
     """
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, record=True, **options):
         super().__init__(*args, **options)
-        self.directions = device.Recorded(directions)
+        self.unit_steps = Recorded(unit_steps) if record else unit_steps
 
     @torch.no_grad()
     def step(self):
@@ -46,24 +47,64 @@ class Muon(torch.optim.AdamW):
     def orthogonal_step(self, matrices, lr, weight_decay):
         gradients, momenta = [p.grad for p in matrices], [self.momentum(p) for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        steps = self.directions(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+        steps = self.unit_steps(torch._foreach_lerp(gradients, momenta, MOMENTUM))
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         torch._foreach_add_(matrices, steps, alpha=-lr)
         for p in matrices:
             p.grad = None  # AdamW passes over it
 
     def momentum(self, p):
-        if not self.state[p]:  # AdamW looks for a step in each
+        if not self.state[p]:  # AdamW, when it loads a state, expects a step in each
             self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
         return self.state[p]["momentum"]
 
 
-def directions(momenta):
-    """The steps of matrices with these momenta at a learning rate of 1: tensors like `momenta`."""
+class Recorded:
+    """A function from a list of tensors to a list of tensors, launched at once on CUDA instead of kernel by kernel.
+
+    There the first call for a given list of shapes records a CUDA graph, and every call replays it. The results belong
+    to the graph: the next call with the same shapes overwrites them. On other devices it is the plain function.
+    """
+
+    def __init__(self, function):
+        self.function, self.recordings = function, {}
+
+    def __call__(self, tensors):
+        if tensors[0].device.type != "cuda":
+            return self.function(tensors)
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.recordings:
+            self.recordings[shapes] = self.record(tensors)
+        graph, inputs, results = self.recordings[shapes]
+        torch._foreach_copy_(inputs, tensors)
+        graph.replay()
+        return results
+
+    def record(self, tensors):
+        inputs = [tensor.clone() for tensor in tensors]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up at a first call, which cannot be recorded
+            self.function(inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may go on meanwhile
+                results = self.function(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # after which CUDA is in no state to go on
+            raise UserError(f"no CUDA graph can be recorded here ({error}); train with --no-compile") from None
+        return graph, inputs, results
+
+
+def unit_steps(gradients):
+    """Orthogonalized steps at a learning rate of 1, shaped like `gradients`, which have Nesterov momentum."""
     same_shape = collections.defaultdict(list)
-    steps = [torch.empty_like(momentum) for momentum in momenta]
-    for momentum, step in zip(momenta, steps):
-        same_shape[momentum.flatten(1).shape].append((momentum.flatten(1), step))
+    steps = [torch.empty_like(gradient) for gradient in gradients]
+    for gradient, step in zip(gradients, steps):
+        matrix = gradient.flatten(1)
+        same_shape[matrix.shape].append((matrix, step))
     for shape, pairs in same_shape.items():
         matrices, places = zip(*pairs)
         rms = 0.2 * SCALE * max(shape) ** 0.5  # times that of an orthogonal matrix, 1 / sqrt(longer side)

@@ -11,27 +11,28 @@ import diffusion
 from diffusion import GREY_LEVELS
 from support.pixels import from_x, to_x
 
-ROUNDING = math.sqrt(1 / 12) / GREY_LEVELS  # the noise level of 8 bits: no JPEG file has less
+ROUNDING = math.sqrt(1 / 12) / GREY_LEVELS  # the noise level of 8 bits; that of a compressed image is at least this
 
 
 def correlate(eps, random, share):
-    """White noise eps (B, 3, H, W) of unit variance, in a `share` of the images made like that of a camera or scanner.
+    """White noise eps (B, 3, H, W) of unit variance, made correlated in a `share` of the images.
 
-    There it is correlated across pixels and channels, in the others it stays white. The mean of the channels is blurred
-    by a Gaussian of 0 to 0.8 pixels, their differences by 0 to 0.8 pixels more, as interpolation of a sensor's one
-    colour a pixel and coarser chroma do it; these become 0 to 2 times as strong (0: all three channels are equal). The
-    mean variance of the channels stays 1.
+    Like the noise of a camera or scanner it is then correlated across pixels and channels. Luma, the mean of the
+    channels, is blurred by a Gaussian with a standard deviation of 0 to 0.8 pixels. Chroma, their differences from it,
+    is blurred by 0 to 0.8 pixels more, as demosaicing and chroma subsampling do, and scaled by 0 to 2 (0: three equal
+    channels). The expected variance of every channel stays 1.
     """
     chosen, width, more, chroma = torch.rand(4, len(eps), 1, 1, 1, generator=random, device=eps.device)
     chroma = 2 * chroma
     luma = eps.mean(dim=1, keepdim=True)
-    colours = blur(eps - luma, 0.8 * (width + more))
-    correlated = (blur(luma, 0.8 * width) + chroma * colours) / ((1 + 2 * chroma**2) / 3).sqrt()
+    differences = blur(eps - luma, 0.8 * (width + more))
+    correlated = (blur(luma, 0.8 * width) + chroma * differences) / ((1 + 2 * chroma**2) / 3).sqrt()
     return torch.where(chosen < share, correlated, eps)
 
 
 def blur(noise, width):
-    """White noise (B, C, H, W) after a Gaussian filter of `width` pixels, (B, 1, 1, 1), its variance as before."""
+    """White noise (B, C, H, W) after a Gaussian filter of standard deviation `width`, (B, 1, 1, 1), in pixels; of the
+    same expected variance."""
     y, x = (torch.fft.fftfreq(n, device=noise.device) for n in noise.shape[2:])
     response = torch.exp(-2 * (math.pi * width * torch.hypot(y[:, None], x)) ** 2)
     gain = response.square().mean(dim=(2, 3), keepdim=True).sqrt()
@@ -41,10 +42,11 @@ def blur(noise, width):
 def compress(x0, t, eps, qualities, T):
     """(t, eps) after the noisy images, in 8 bits, went through JPEG at these qualities (B,); 0: they stay as they are.
 
-    The noise of a compressed image is all that sets it apart from x0, (B, 3, H, W) in [-1, 1]; its t is that of this
-    noise's root mean square, at most T, and its eps has unit variance as before.
+    The noise of a compressed image is all that sets it apart from x0, (B, 3, H, W) in [-1, 1]. Its level is this
+    noise's root mean square, but at least ROUNDING and at most that of T; its eps is the noise over its level. t: (B,),
+    floating.
     """
-    t, eps = t.to(torch.float32, copy=True), eps.clone()
+    t, eps = t.clone(), eps.clone()
     chosen = qualities.nonzero().flatten()
     noisy = from_x(diffusion.add_noise(x0[chosen], eps[chosen], t[chosen], T), torch.uint8).cpu().numpy()
     after = [through_jpeg(*pair) for pair in zip(noisy, qualities[chosen].tolist())]

@@ -1,4 +1,5 @@
-"""The tables of evaluate.py, made from flat records (measure.Record): one a method, noise level, steps and sampler.
+"""The tables of evaluate.py, made from flat records (measure.Record): one for each method, noise
+level, number of steps and sampler.
 
 A table is a dict: title, columns {heading: digits after the decimal point} and rows. A cell of a row is a text, a
 number, (mean, half of its 95% interval) or None. `as_text` makes Markdown of it, `as_data` what JSON takes.
@@ -108,7 +109,7 @@ def classical(records, key):
         *others, ours = (record.first(count).values[key] for record in at_level)
         best = (max if metric.higher_is_better else min)(others, key=torch.mean)
         rows.append([at_level[0].sigma, at_level[0].t, *map(interval, (*others, ours, ours - best))])
-    title = f"{metric.name} beside classical denoisers, and the difference to the best of them, {count:,} images"
+    title = f"{metric.name} beside classical denoisers, and the difference from the best of them, {count:,} images"
     return dict(
         title=title, columns={"sigma": 2, "t": 2} | dict.fromkeys((*methods, "difference"), metric.digits), rows=rows
     )

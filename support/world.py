@@ -104,7 +104,6 @@ class World(NamedTuple):
         shape = (cfg.batch_size // self.size, 3, cfg.crop_size, cfg.crop_size)
         x0 = data.scale(torch.zeros(shape, device=self.device))
         t, eps = data.draw_noise(shape, cfg, self.device, 0)
-        t = t.float() if cfg.noise == "mixed" else t  # as real_noise.compress leaves it
         try:
             for _ in range(3):  # the first compiles, the second records CUDA graphs, the third replays them
                 with devices.autocast(self.device, getattr(torch, cfg.precision)):

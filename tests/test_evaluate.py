@@ -577,5 +577,5 @@ def test_cbsd68_is_told_by_number_and_size(count, size, published, monkeypatch):
     monkeypatch.setattr(measure, "pictures", lambda *args: [record])
     monkeypatch.setattr(tables, "pictures", lambda records, key, published: seen.append(published))
     cfg = config.defaults(evaluate.SETTINGS, baselines=0)
-    evaluate.evaluate_pictures(cfg, {"network": (None, 10)}, None, pictures, "cpu")
+    evaluate.evaluate_pictures(cfg, {"network": (None, 10)}, False, pictures, "cpu", weights=None)
     assert seen == [published] * len(metrics.METRICS)

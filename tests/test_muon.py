@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support import device, muon
+from support import muon
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # what PyTorch's Muon uses
 
@@ -50,25 +50,12 @@ def test_a_step_is_that_of_pytorchs_muon_on_matrices_and_of_adamw_on_the_rest(mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_the_recorded_steps_are_the_direct_ones():
     random = torch.Generator("cuda").manual_seed(0)
-    recorded = device.Recorded(muon.directions)
+    recorded = muon.Recorded(muon.unit_steps)
     for shapes in (((16, 8, 3, 3), (12, 20)), ((4, 5),), ((16, 8, 3, 3), (12, 20))):
         for _ in range(3):
             momenta = [torch.randn(shape, generator=random, device="cuda") for shape in shapes]
-            for step, direct in zip(recorded(momenta), muon.directions(momenta), strict=True):
+            for step, direct in zip(recorded(momenta), muon.unit_steps(momenta), strict=True):
                 assert torch.equal(step, direct)
-
-
-def test_where_recording_fails_the_function_is_called_directly(capsys):
-    class OfBrokenGPU:
-        device, shape = torch.device("cuda"), (2, 3)
-
-        def clone(self):
-            raise RuntimeError("out of luck\nand more")
-
-    recorded = device.Recorded(lambda tensors: [len(tensors)])
-    assert recorded([OfBrokenGPU()]) == recorded([OfBrokenGPU()]) == [1]
-    warning = "WARNING: no CUDA graph can be recorded here (out of luck); going on without\n"
-    assert capsys.readouterr().err == warning
 
 
 def test_a_step_has_the_documented_size():
