@@ -17,26 +17,19 @@ ROUNDING = math.sqrt(1 / 12) / GREY_LEVELS  # the noise level of 8 bits; that of
 def correlate(eps, random, share):
     """White noise eps (B, 3, H, W) of unit variance, made correlated in a `share` of the images.
 
-    Like the noise of a camera or scanner it is then correlated across pixels and channels. Luma, the mean of the
-    channels, is blurred by a Gaussian with a standard deviation of 0 to 0.8 pixels. Chroma, their differences from it,
-    is blurred by 0 to 0.8 pixels more, as demosaicing and chroma subsampling do, and scaled by 0 to 2 (0: three equal
-    channels). The expected variance of every channel stays 1.
+    Like the noise of a camera or scanner it is then correlated across pixels and channels: it is blurred by a Gaussian
+    with a standard deviation of 0 to 0.8 pixels, and chroma, the differences of the channels from their mean, is scaled
+    by 0 to 2 (0: three equal channels). The expected variance of every channel stays 1.
     """
-    chosen, width, more, chroma = torch.rand(4, len(eps), 1, 1, 1, generator=random, device=eps.device)
-    chroma = 2 * chroma
-    luma = eps.mean(dim=1, keepdim=True)
-    differences = blur(eps - luma, 0.8 * (width + more))
-    correlated = (blur(luma, 0.8 * width) + chroma * differences) / ((1 + 2 * chroma**2) / 3).sqrt()
-    return torch.where(chosen < share, correlated, eps)
-
-
-def blur(noise, width):
-    """White noise (B, C, H, W) after a Gaussian filter of standard deviation `width`, (B, 1, 1, 1), in pixels; of the
-    same expected variance."""
-    y, x = (torch.fft.fftfreq(n, device=noise.device) for n in noise.shape[2:])
+    chosen, width, chroma = torch.rand(3, len(eps), 1, 1, 1, generator=random, device=eps.device)
+    width, chroma = 0.8 * width, 2 * chroma
+    y, x = (torch.fft.fftfreq(n, device=eps.device) for n in eps.shape[2:])
     response = torch.exp(-2 * (math.pi * width * torch.hypot(y[:, None], x)) ** 2)
     gain = response.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    return torch.fft.ifft2(torch.fft.fft2(noise) * response).real / gain
+    blurred = torch.fft.ifft2(torch.fft.fft2(eps) * response).real / gain
+    luma = blurred.mean(dim=1, keepdim=True)
+    correlated = (luma + chroma * (blurred - luma)) / ((1 + 2 * chroma**2) / 3).sqrt()
+    return torch.where(chosen < share, correlated, eps)
 
 
 def compress(x0, t, eps, qualities, T):

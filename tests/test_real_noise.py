@@ -23,10 +23,8 @@ def test_correlated_noise_keeps_its_variance():
     assert noise.square().mean(dim=(1, 2, 3)).sub(1).abs().max() < 0.2
     luma = noise.mean(dim=1, keepdim=True)
     of_luma, of_chroma = map(correlation_of_neighbours, (luma, noise - luma))
-    # After a Gaussian filter of width w it is exp(-1 / (4 w^2)): 0.68 for 0.8 pixels and 0.91 for 1.6.
-    assert of_luma.min() < 0.05 and 0.6 < of_luma.max() < 0.73
-    assert of_chroma.min() < 0.3 and 0.8 < of_chroma.max() < 0.93
-    assert (of_chroma > of_luma - 0.05).all()
+    for neighbours in (of_luma, of_chroma):  # after a Gaussian filter of width w exp(-1 / (4 w^2)): 0.68 for 0.8 pixels
+        assert neighbours.min() < 0.05 and 0.6 < neighbours.max() < 0.73
     shared = luma.square().mean(dim=(1, 2, 3))  # 1/3 for independent channels, 1 for equal ones
     assert shared.min() < 0.2 and shared.max() > 0.8
     some = (real_noise.correlate(eps, random, share=1 / 3) != eps).flatten(1).any(dim=1)
