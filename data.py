@@ -154,9 +154,8 @@ def draw_noise(shape, cfg, device, step):
     cfg.noise "mixed": see real_noise.correlate.
     """
     T, random = cfg.noise_steps, streams.generator(device, cfg.seed, streams.NOISE, step)
-    t = torch.randint(
-        1, T, shape[:1], generator=random, device=device
-    )  # drawn even if replaced below, so that eps does not depend on it
+    # Drawn even where it is replaced below, so that eps is the same however t is drawn.
+    t = torch.randint(1, T, shape[:1], generator=random, device=device)
     eps = torch.randn(shape, generator=random, device=device)
     if cfg.sigma_range:
         t = t_of_quantile(torch.rand(shape[:1], generator=random, device=device), cfg)

@@ -1,6 +1,6 @@
-"""The tables of evaluate.py, made from flat records (measure.Record): one for each method, noise
-level, number of steps and sampler.
+"""The tables of evaluate.py, made from flat records (measure.Record).
 
+There is a record for each method, noise level, number of steps and sampler.
 A table is a dict: title, columns {heading: digits after the decimal point} and rows. A cell of a row is a text, a
 number, (mean, half of its 95% interval) or None. `as_text` makes Markdown of it, `as_data` what JSON takes.
 """
