@@ -21,7 +21,7 @@ SETTINGS = data.SETTINGS | {
     "weights": Setting(None, config.file_name, "checkpoint; None: the newest of out_dir, else the weights provided"),
     "out_dir": Setting("model", config.file_name, "folder of the run; figures go to its res/"),
     "images":  Setting(6, whole(1, 40), "test images in the figure"),
-    "strip":   Setting(False, bool, "draw 1, 2, 3 and t denoising steps from noise level t, not the grid"),
+    "strip":   Setting(False, bool, "draw 1, 2, 3 and t denoising steps (at most 50) from noise level t, not the grid"),
     "t":       Setting(None, whole(), "time step of the noise in the strip, from 1 to T-1; None: T / 2"),
     "curves":  Setting(False, bool, "draw the loss curves of log.csv in out_dir, not the grid"),
     "device":  device.SETTINGS["device"],

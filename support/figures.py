@@ -71,12 +71,12 @@ def shown_levels(T):
 
 @torch.no_grad()
 def steps_strip(model, images, T, level, path, count=6):
-    """Save what 1, 2, 3 and `level` denoising steps make of `count` of the uint8 images, noisy at t = level."""
+    """Save what 1, 2, 3 and min(level, MOST_STEPS) denoising steps make of `count` uint8 images, noisy at t = level."""
     x0, eps = sample(model, images, count)
     t = torch.full((len(x0),), level, device=x0.device)
     x_t = diffusion.add_noise(x0, eps, t, T)
     rows = [("original", x0, None), (f"t = {level}\nnoisy", x_t, x0)]
-    for steps in sorted({1, 2, 3, level}):
+    for steps in sorted({1, 2, 3, min(level, MOST_STEPS)}):
         x0_hat = diffusion.denoise_steps(model, x_t, t, T, steps)
         rows.append((f"{steps} step{'s' if steps > 1 else ''}", x0_hat, x0))
     grid(path, rows)

@@ -284,6 +284,9 @@ def test_a_grid_of_any_number_of_steps_and_images(tmp_path):
     figures.comparison_grid(model, images, 1000, tmp_path / "grid.png", count=2)
     assert looks_like_a_figure(tmp_path / "grid.png") and model.training
     assert len(calls) == 3 * (1 + figures.MOST_STEPS) and set(calls) == {2}  # not a thousand
+    calls.clear()
+    figures.steps_strip(model, images, 1000, 900, tmp_path / "strip.png", count=2)
+    assert len(calls) == 1 + 2 + 3 + figures.MOST_STEPS
     figures.panels(tmp_path / "one.png", [("white", torch.ones(3, 1, 1), torch.ones(3, 1, 1))])
     assert Image.open(tmp_path / "one.png").width > 200
     with pytest.raises(OSError):
