@@ -39,7 +39,7 @@ NOISE = {
 def load(split, cfg):
     """The images of a split ("train" or "test"), uint8 (N, 3, S, S), and a sentence that says where they come from.
 
-    With cfg.fresh_crops, the training images are Crops. cfg.limit: a fixed random choice. Raises DataError.
+    With cfg.fresh_crops, the training images are Crops. cfg.limit: a fixed random choice. Raises UserError.
     """
     cfg = resolve(cfg)
     images, source = DATASETS[cfg.dataset].load(split, cfg)
@@ -62,11 +62,11 @@ def resolve(cfg):
         config.refuse(cfg, unused, f"{{}} is an option of --dataset {other}, not of {cfg.dataset}")
         # What a preset has set for the other data set does not hold here.
         cfg = dataclasses.replace(cfg, **{key: module.SETTINGS[key].default for key in unused})
-    return chosen.resolve(cfg) if hasattr(chosen, "resolve") else cfg
+    return cfg
 
 
 def whole_pictures(split, cfg):
-    """The pictures of a split, as functions: read() -> uint8 (3, H, W) of any size. Raises DataError."""
+    """The pictures of a split, as functions: read() -> uint8 (3, H, W), any size, or DataError. Raises UserError."""
     cfg = resolve(cfg)
     if not hasattr(DATASETS[cfg.dataset], "files"):
         raise UserError(f"--dataset {cfg.dataset} has no whole pictures; use --dataset folder")

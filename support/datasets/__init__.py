@@ -6,7 +6,6 @@ A data set is a module with
     load(split, cfg)   (images, source) of split "train" or "test": a uint8 tensor (N, 3, S, S), and a few words that
                        follow "of" ("CIFAR-10 in data"); or, for crops drawn anew every epoch, a list of whole pictures
                        (3, H, W). Raises support.pictures.DataError
-    resolve(cfg)       optional: cfg with those of its options that are None given the values they stand for
     files(split, cfg)  optional: the whole pictures of a split, as [(relative name, path)]
 """
 
@@ -37,8 +36,9 @@ def automatic(data_dir, typed):
 
 
 def refuse_pictures(data_dir, typed):
-    """Raises DataError if data_dir holds pictures, in a folder that was `typed` below it too: they are hardly meant to
-    be ignored.
+    """Raises DataError if data_dir holds pictures, which the user hardly means to be ignored.
+
+    typed: the user named data_dir, so that pictures in the folders below it count too.
     """
     names = set(os.listdir(data_dir)) if os.path.isdir(data_dir) else set()
     below = names and typed and not cifar10.FILES & names and image_files(data_dir)

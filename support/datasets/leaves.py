@@ -8,51 +8,33 @@ textures and the camera blurs a little (Achddou et al. 2021; arXiv 2504.10201). 
 measures against CIFAR-10: the statistics of the images, and the loss there of a network trained on leaves.
 """
 
-import argparse
-import dataclasses
 import math
-import re
 import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from config import Setting
 from support import streams
 from support.cache import cached
-from support.pictures import SIZE, DataError
+from support.pictures import SIZE
 
 CHUNKS = {"train": range(200), "test": range(200, 240)}  # of CHUNK images, each with its own random numbers
 CHUNK = 250
 SEED = 0  # runs with other seeds train on the same images
 
 
-def recipe_name(text):
-    if not re.fullmatch("[0-9a-f]{8}", text):
-        raise argparse.ArgumentTypeError(f"must be 8 hexadecimal digits, as in a leaves-* file's name, not {text!r}")
-    return text
-
-
-SETTINGS = {
-    "leaves_recipe": Setting(None, recipe_name, "version of the dead leaves, as in their file's name; None: today's")
-}
+SETTINGS = {}
 
 
 def load(split, cfg):
     """50,000 training or 10,000 test images, made once (under a minute on two cores) and stored in data_dir.
 
-    A changed recipe makes other images, under another name; those of an earlier one are used if they are still there.
+    A changed recipe makes other images, under another name.
     """
-    recipe = resolve(cfg).leaves_recipe
-    path = Path(cfg.data_dir) / f"leaves-{split}-{SEED}-{recipe}.bin"
+    path = Path(cfg.data_dir) / f"leaves-{split}-{SEED}-{recipe()}.bin"
 
     def make():
-        if recipe != current_recipe():
-            raise DataError(
-                f"{path} is missing or damaged, and this version of the program makes other images; copy it there, or "
-                f"use these with --leaves-recipe {current_recipe()} (to train, in a new run)"
-            )
         progress = tqdm(CHUNKS[split], f"making {split} images", leave=False, mininterval=1)
         chunks = [dead_leaves(CHUNK, streams.generator("cpu", SEED, streams.LEAVES, i)) for i in progress]
         return torch.cat(chunks), {}
@@ -61,12 +43,7 @@ def load(split, cfg):
     return images, "built-in dead leaves"
 
 
-def resolve(cfg):
-    """cfg with the recipe by name, so that a run remembers on which images it was trained."""
-    return dataclasses.replace(cfg, leaves_recipe=cfg.leaves_recipe or current_recipe())
-
-
-def current_recipe():
+def recipe():
     """8 hexadecimal digits that change with this file."""
     return f"{zlib.crc32(Path(__file__).read_text('utf-8').encode()):08x}"
 
