@@ -12,6 +12,7 @@ from support import files, pictures
 
 DEEP = {".jp2", ".pgm", ".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
 LOSSY = {".jpg", ".jpeg", ".webp"}
+PNG_LEVEL = 4  # of zlib: the default, 6, takes three times as long for files that are 2% smaller
 OPAQUE = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".ppm"}  # endings of files to which transparency is lost
 # Tags of EXIF data that say how the pixels of their file are stored; Pillow would write them into a TIFF file as its.
 LAYOUT = {*range(254, 267), *range(273, 282), 284, *range(317, 348), *range(512, 533)}
@@ -100,6 +101,7 @@ def options_for(image, path):
     ending = path.suffix.lower()
     options = {"format": Image.registered_extensions()[ending]}
     options |= {"quality": 95, "subsampling": 0} if ending in LOSSY else {}
+    options |= {"compress_level": PNG_LEVEL} if options["format"] == "PNG" else {}
     sides = (image.width, min(image.height, 16)), (min(image.width, 16), image.height)
     strips = [bare(image.crop((0, 0, *size)), path) for size in sides]
     for strip in strips:
@@ -124,7 +126,9 @@ def options_for(image, path):
         elif data:
             options[key] = data
     dpi = image.info.get("dpi")
-    if isinstance(dpi, tuple) and not trial(strips[0], options | {"dpi": dpi}):  # a text of that name is none
+    if isinstance(dpi, tuple) and not trial(
+        strips[0], options | {"dpi": dpi}
+    ):  # a PNG text chunk of that name is not one
         options["dpi"] = dpi
     return options, lost
 
