@@ -17,7 +17,7 @@ class UserError(Exception):
     """A user's mistake. Its text, one line, says what is wrong and what to do."""
 
 
-REQUIRED = object()  # the default of a setting that must be given
+REQUIRED = object()  # the default of a setting that must be given; one without `flag` is positional
 
 
 class Setting(NamedTuple):
@@ -36,11 +36,11 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except (ValueError, OverflowError):
             value = math.nan
-        if not (value > low if above else value >= low) or not value <= high or math.isinf(value):
+        fits = low < value <= high if above else low <= value <= high  # not-a-number does not
+        if not fits or math.isinf(value):
             what = "a whole number" if kind is int else "a number"
-            limits = f"{'above' if above else 'of at least'} {low}" + (
-                f" and at most {high}" if high < math.inf else ""
-            )
+            limits = f"{'above' if above else 'of at least'} {low}"
+            limits += f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {what} {limits}, not {text!r}")
         return value
 
@@ -123,7 +123,12 @@ def add_argument(parser, key, setting):
         metavar = "N" if isinstance(setting.count, int) else key.split("_")[-1].upper()
         kind = or_none(setting.kind) if setting.default is None and not setting.count else setting.kind
         options |= dict(type=kind, nargs=setting.count, metavar=metavar)
-    parser.add_argument(*filter(None, [setting.flag, "--" + key.replace("_", "-")]), **options)
+    parser.add_argument(*filter(None, [setting.flag, flag_of(key)]), **options)
+
+
+def flag_of(name):
+    """The flag of a setting: crop_size -> --crop-size."""
+    return "--" + name.replace("_", "-")
 
 
 def defaults(settings, **values):
@@ -135,7 +140,7 @@ def defaults(settings, **values):
 def refuse(cfg, names, text):
     """Raises UserError if one of the settings `names` was typed: `text`, with the flag in place of {}."""
     for name in sorted(cfg.given & names):
-        raise UserError(text.format("--" + name.replace("_", "-")))
+        raise UserError(text.format(flag_of(name)))
 
 
 def allows(setting, value):

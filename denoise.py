@@ -75,8 +75,9 @@ def denoise(image, sigma=None, strength=1, weights=None, ensemble=1):
     (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a tensor (C, H, W) or (B, C, H, W) with C = 1 or 3,
     uint8, uint16 or floating in [-1, 1], each image of a batch by itself. Floating values are not clipped. sigma: the
     standard deviation of the noise on the 0-255 scale; None: estimated. strength: a factor of it. weights: a
-    checkpoint; None: the best there are. ensemble: see diffusion.self_ensemble. Raises ValueError for other images and
-    settings, CheckpointError, and UserError for a large image where the network must see it as a whole.
+    checkpoint; None: model/photo.pth, or model/unet32.pth if that is absent. ensemble: see diffusion.self_ensemble.
+    Raises ValueError for other images and settings, CheckpointError, and UserError for a large image where the network
+    must see it as a whole.
     """
     if not (isinstance(ensemble, int) and 1 <= ensemble <= 8):
         raise ValueError("ensemble must be a whole number from 1 to 8")
@@ -98,8 +99,10 @@ class Network(NamedTuple):
 
 
 def load(weights=None, device_name="auto", precision="auto"):
-    """The Network of a checkpoint, by default the one for photographs if it is there; read once for as long as it is
-    the same file."""
+    """The Network of a checkpoint, by default the one for photographs if there is one; cached until its file changes.
+
+    Raises CheckpointError, and UserError if the device cannot be used.
+    """
     path = Path(weights or (checkpoint.PHOTO if checkpoint.PHOTO.exists() else checkpoint.SHIPPED))
     return load_once(path, path.stat().st_mtime_ns if path.exists() else None, device_name, precision)
 
@@ -126,7 +129,8 @@ def run(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     """The Result for pixels (C, H, W) of any height and width: uint8, uint16, or floating in [-1, 1]; C is 1 or 3.
 
     sigma: in units of the [-1, 1] scale; None: estimated. ensemble: see diffusion.self_ensemble. Apart from copies of
-    the pixels, memory use is bounded.
+    the pixels, memory use is bounded. Raises UserError if the network cannot work in tiles and the picture has more
+    than WHOLE pixels.
     """
     model, T, margin, size = network.model, network.trained.noise_steps, network.margin, TILE[network.precision]
     if margin == math.inf and noisy[0].numel() > WHOLE:

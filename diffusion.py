@@ -32,14 +32,14 @@ def t_of(sigma, T):
 # ---- noise and loss ----------------------------------------------------------------------------------------------
 
 
-def noise_level(t, T):
-    """sigma of every image, as (B, 1, 1, 1)."""
+def sigma_of_images(t, T):
+    """sigma_of(t, T) as (B, 1, 1, 1), to multiply images (B, C, H, W)."""
     return sigma_of(t, T)[:, None, None, None]
 
 
 def add_noise(x0, eps, t, T):
-    """x_t = x0 + sigma * eps: variance-exploding noise, linear in t."""
-    return x0 + noise_level(t, T) * eps
+    """x_t = x0 + sigma * eps: variance-exploding noise (Song et al. 2021, arXiv 2011.13456)."""
+    return x0 + sigma_of_images(t, T) * eps
 
 
 def noise_loss(model, x0, eps, t, T):
@@ -53,7 +53,7 @@ def noise_loss(model, x0, eps, t, T):
 
 def denoise(model, x_t, t, T):
     """One step: x0_hat = x_t - sigma * eps_hat, an estimate of E[x0 | x_t] (Tweedie's formula, Robbins 1956)."""
-    return x_t - noise_level(t, T) * model(x_t, t).float()
+    return x_t - sigma_of_images(t, T) * model(x_t, t).float()
 
 
 def denoise_steps(model, x_t, t, T, steps, sampler="euler"):
@@ -72,7 +72,7 @@ def euler(model, x, ts, T):
     ts: the times to visit, each (B,), the first that of x.
     """
     for t, t_next in itertools.pairwise(ts):
-        x = x + (noise_level(t_next, T) - noise_level(t, T)) * model(x, t).float()
+        x = x + (sigma_of_images(t_next, T) - sigma_of_images(t, T)) * model(x, t).float()
     return x
 
 
@@ -82,7 +82,7 @@ def heun(model, x, ts, T):
     The step to t = 0 is Euler's: there is no noise left to predict there.
     """
     for t, t_next in itertools.pairwise(ts):
-        slope, change = model(x, t).float(), noise_level(t_next, T) - noise_level(t, T)
+        slope, change = model(x, t).float(), sigma_of_images(t_next, T) - sigma_of_images(t, T)
         if (t_next > 0).any():
             slope = (slope + model(x + change * slope, t_next).float()) / 2
         x = x + change * slope
@@ -90,6 +90,9 @@ def heun(model, x, ts, T):
 
 
 SAMPLERS = {"euler": euler, "heun": heun}  # to add one: a function of (model, x, ts, T), and its line here
+
+
+# ---- a model made from another -----------------------------------------------------------------------------------
 
 
 def self_ensemble(model, count):
@@ -111,33 +114,6 @@ def self_ensemble(model, count):
     return mean_eps_hat
 
 
-# ---- the noise level of an image ---------------------------------------------------------------------------------
-
-
-def estimate_sigma(model, x_t, T, iterations=9, highest=None):
-    """The noise level of each image from the image alone, (B,), for white noise.
-
-    It is the level of greatest likelihood. The density p of the noisy images obeys the heat equation, dp/dsigma =
-    sigma * laplacian(p), and its score is -eps_hat / sigma; hence d log p / dsigma = |eps_hat|^2 / sigma - div eps_hat.
-    The root is found by bisection of 0 < t < highest (by default T); each iteration halves the interval. An answer next
-    to either end means "at most" or "at least" that level. The divergence is Hutchinson's estimate (1990) with one
-    fixed random probe. The model, called twice per iteration, must know the time step and be differentiable almost
-    everywhere.
-    """
-    probe = 2 * torch.randint(2, x_t.shape, generator=torch.Generator().manual_seed(0)).to(x_t) - 1
-    low = x_t.new_zeros(len(x_t))
-    high = torch.full_like(low, T if highest is None else highest)
-    for _ in range(iterations):
-        t = (low + high) / 2
-        sigma = noise_level(t, T)
-        h = 0.1 * sigma
-        eps_hat = model(x_t, t).float()
-        divergence = probe * (model(x_t + h * probe, t).float() - eps_hat) / h
-        noisier = (eps_hat.square() - sigma * divergence).mean(dim=(1, 2, 3)) > 0
-        low, high = torch.where(noisier, t, low), torch.where(noisier, high, t)
-    return sigma_of((low + high) / 2, T)
-
-
 def grey(model, T, gain):
     """A model of colour images as a model of grey ones, (B, 1, H, W).
 
@@ -146,3 +122,30 @@ def grey(model, T, gain):
     sqrt(3), the one direction in which there is noise, its level is sqrt(3) sigma.
     """
     return lambda x, t: gain * model(x.expand(-1, 3, -1, -1), t_of(gain * sigma_of(t, T), T)).mean(dim=1, keepdim=True)
+
+
+# ---- the noise level of an image ---------------------------------------------------------------------------------
+
+
+def estimate_sigma(model, x_t, T, iterations=9, highest=None):
+    """The noise level of each image from the image alone, (B,), on the [-1, 1] scale, for white noise.
+
+    It is the level of greatest likelihood. The density p of the noisy images obeys the heat equation, dp/dsigma =
+    sigma * laplacian(p), and its score is -eps_hat / sigma; hence d log p / dsigma = |eps_hat|^2 / sigma - div eps_hat.
+    The root is found by bisection of 0 < t < highest (a time step, by default T); each iteration halves the interval.
+    An answer next to either end means "at most" or "at least" that level. The divergence is Hutchinson's estimate
+    (1990) with one fixed random probe. The model, called twice per iteration, must know the time step and be
+    differentiable almost everywhere.
+    """
+    probe = 2 * torch.randint(2, x_t.shape, generator=torch.Generator().manual_seed(0)).to(x_t) - 1
+    low = x_t.new_zeros(len(x_t))
+    high = torch.full_like(low, T if highest is None else highest)
+    for _ in range(iterations):
+        t = (low + high) / 2
+        sigma = sigma_of_images(t, T)
+        h = 0.1 * sigma
+        eps_hat = model(x_t, t).float()
+        divergence = probe * (model(x_t + h * probe, t).float() - eps_hat) / h
+        noisier = (eps_hat.square() - sigma * divergence).mean(dim=(1, 2, 3)) > 0
+        low, high = torch.where(noisier, t, low), torch.where(noisier, high, t)
+    return sigma_of((low + high) / 2, T)

@@ -131,7 +131,10 @@ def held_out_images(cfg, pictures):
 
 
 def check_reports(cfg):
-    """Before the work: the files to write must not exist, unless --overwrite, and their folders must."""
+    """Before the work: refuse to replace existing files without --overwrite, and make the folders of those to write.
+
+    Raises UserError or OSError.
+    """
     reports = [path for path in (cfg.json, cfg.markdown) if path]
     if not cfg.overwrite:
         files.refuse_existing(*reports, remedy="choose another name, or add --overwrite to replace it")
@@ -147,9 +150,7 @@ def report(cfg, about, made):
     try:
         for path, content in ((cfg.json, document), (cfg.markdown, text)):
             if path:
-                files.write_atomically(
-                    path, lambda file, c=content: file.write(c.encode(errors="replace")), replace=cfg.overwrite
-                )
+                files.write_text(path, content, replace=cfg.overwrite)
                 print(f"tables saved: {path}")
     except FileExistsError:  # it was not there at the start
         raise UserError(f"{path} was created meanwhile and is not replaced; the tables are printed above") from None

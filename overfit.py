@@ -31,9 +31,10 @@ def overfit(model, x0, eps, t, T, iterations, target, lr):
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     for i in range(iterations + 1):
         loss = diffusion.noise_loss(model, x0, eps, t, T)
-        if i % 50 == 0 or loss < target or i == iterations:
+        done = loss < target or i == iterations
+        if done or i % 50 == 0:
             print(f"iteration {i:4d}  loss {loss:.2e}")
-        if loss < target or i == iterations:
+        if done:
             return loss.item()
         # Constant steps would hop around the minimum; they shrink as the iterations run out.
         optimizer.param_groups[0]["lr"] = lr * (1 - i / iterations)
@@ -58,8 +59,8 @@ def main():
     model = unet.build(**network).to(place, memory_format=device.memory_format(place))
     loss = overfit(model, x0, eps, t, T, cfg.iterations, cfg.target, cfg.lr)
     x_t = diffusion.add_noise(x0, eps, t, T)
-    images = {"original": x0, f"noisy, t = {cfg.t}": x_t, "denoised": diffusion.denoise(model, x_t, t, T).detach()}
-    figures.panels(path, [(title, x[0], x0[0]) for title, x in images.items()])
+    shown = {"original": x0, f"noisy, t = {cfg.t}": x_t, "denoised": diffusion.denoise(model, x_t, t, T).detach()}
+    figures.panels(path, [(title, x[0], x0[0]) for title, x in shown.items()])
     print(f"figure saved: {path}")
     if not loss < cfg.target:  # also when it is not a number
         advice = "lower --lr or give more --iterations; if neither helps, the network, noise or optimizer is broken"

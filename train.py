@@ -61,7 +61,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
     # the run
     "seed":                Setting(0, whole(0), "every random number of a run follows from it"),
     **device.SETTINGS,
-    "compile":             Setting(None, bool, "compile the network, a minute, and record CUDA graphs; None: on CUDA"),
+    "compile":             Setting(None, bool, "compile the network, a minute, record CUDA graphs; None: on CUDA only"),
     "out_dir":             Setting("model", config.file_name, "folder for checkpoints, log.csv and figures (in res/)"),
     "save_model_epochs":   Setting(1, whole(), "epochs between checkpoints; the last is always saved"),
     "save_every_steps":    Setting(None, whole(), "save inside an epoch too, every so many updates; None: never"),

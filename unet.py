@@ -163,7 +163,7 @@ def describe(cfg):
 
 
 def build(name, **arguments):
-    """The network that `describe` described. Raises ValueError for another name, TypeError for arguments."""
+    """The network that `describe` described. Raises ValueError for an unknown name, TypeError for unknown arguments."""
     if name not in NETWORKS:
         raise ValueError(f"there is no network {name!r}, only {', '.join(NETWORKS)}")
     return NETWORKS[name](**arguments)

@@ -41,11 +41,11 @@ def command(saved):
         value = entries.as_tuple(value)
         if name not in usual or name == "data_dir" or value == usual[name]:
             continue
-        flag = name.replace("_", "-")
+        flag = config.flag_of(name)
         if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+            flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join(["python", "train.py", *flags])
 
 

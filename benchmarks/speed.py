@@ -143,7 +143,7 @@ def main():
     print("\ntraining:", ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
     print(", ".join(f"{name} {value}" for name, value in device.describe(place).items()))
     result = dict(medians=medians, ratios=ratios, rounds=rounds, machine=device.describe(place))
-    files.write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    files.write_text(path, json.dumps(result, indent=1))
     print(f"saved: {path}")
 
 

@@ -145,7 +145,7 @@ def main():
     draw(path, textbook, curves)
     result = dict(reference=textbook, contenders=curves, ratios=ratios, source=source)
     result = json.dumps(result | dict(machine=device.describe(world.device)), indent=1)
-    files.write_atomically(path.with_suffix(".json"), lambda file: file.write(result.encode()))
+    files.write_text(path.with_suffix(".json"), result)
     print(", ".join(f"{name} {value}" for name, value in device.describe(world.device).items()))
     print(f"saved: {path}, {path.with_suffix('.json')}")
 

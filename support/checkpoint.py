@@ -39,10 +39,8 @@ SHIPPED = Path(__file__).resolve().parent.parent / "model" / "unet32.pth"  # the
 PHOTO = SHIPPED.with_name("photo.pth")  # those trained on photographs
 NOISE_LEVEL = SHIPPED.with_name("noise_level.pth")  # those of support/noise_level.py
 # All that torch.save refers to in a dict of plain values and tensors of these three types.
-GLOBALS = {
-    *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
-    *("torch FloatStorage", "torch HalfStorage", "torch LongStorage"),
-}
+GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+GLOBALS |= {"torch FloatStorage", "torch HalfStorage", "torch LongStorage"}
 KNOWN = unet.SETTINGS | data.SETTINGS | data.NOISE  # the settings by which a network is built, fed and used
 DEEPEST = 10  # levels of dicts and lists inside one another
 
@@ -91,7 +89,7 @@ def newest(folder):
 def choose(named, folder):
     """The checkpoint to use: the one that is named; else the newest of the folder; else SHIPPED.
 
-    Raises NoCheckpointError if there is none of them.
+    Raises NoCheckpointError if there is none.
     """
     if named is not None:
         return Path(named)
@@ -194,7 +192,7 @@ def load(path, needs=(), settings=KNOWN):
     with errors_naming(path):
         state = read(path)
         saved = state.get("config") if isinstance(state, dict) else None
-        if not isinstance(saved, dict) or not saved.keys() >= entries.REQUIRED:
+        if not isinstance(saved, dict) or not saved.keys() >= entries.ALWAYS_SAVED:
             raise CheckpointError(f"{path} is not a checkpoint of this project; use another one")
         verify(path, state)
         missing = {"model", *needs} - state.keys()
@@ -289,7 +287,7 @@ def make_moments(optimizer):
 
 @contextlib.contextmanager
 def errors_naming(path, remedy="use another one"):
-    """Make a wrong entry, and a lack of memory, which says nothing about the file, a CheckpointError with the name."""
+    """Turn a wrong entry, or a lack of memory (no fault of the file), into a CheckpointError that names the file."""
     try:
         yield
     except entries.Wrong as error:
@@ -321,7 +319,7 @@ def read(path):
         hint = (
             "restore it"
             if Path(path).resolve() in (SHIPPED, PHOTO, NOISE_LEVEL)
-            else "train.py names every checkpoint that it saves"
+            else "name a checkpoint that train.py saved"
         )
         raise CheckpointError(f"{path} does not exist; {hint}") from None
     except OSError as error:

@@ -73,11 +73,12 @@ def memory_format(device):
 
 def describe(device):
     """What a figure of speed depends on, as a dict of plain values."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    versions = dict(python=platform.python_version(), torch=str(torch.__version__))
-    return (
-        dict(device=name, threads=torch.get_num_threads(), bfloat16=pick_precision("auto", device) == torch.bfloat16)
-        | versions
+    return dict(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        threads=torch.get_num_threads(),
+        bfloat16=pick_precision("auto", device) == torch.bfloat16,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
     )
 
 

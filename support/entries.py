@@ -16,8 +16,7 @@ import torch
 import config
 import unet
 
-# The settings that every version has saved.
-REQUIRED = {"model", "t_dim", "noise_steps", "dataset", "data_dir"}
+ALWAYS_SAVED = {"model", "t_dim", "noise_steps", "dataset", "data_dir"}  # settings that every version has saved
 LOG_NUMBERS = ("step", "train_loss", "test_loss", "lr", "images_per_second", "seconds")  # those of every version
 
 

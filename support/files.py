@@ -44,6 +44,11 @@ def write_atomically(path, write, replace=True):
             os.close(folder)
 
 
+def write_text(path, text, replace=True):
+    """write_atomically for a text, in UTF-8; what cannot be encoded becomes "?"."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="replace")), replace)
+
+
 def refuse_existing(*paths, remedy="choose another name"):
     """Raises UserError if one of the paths exists, for what will be written at the end of long work."""
     for path in paths:

@@ -25,7 +25,7 @@ class CSV:
         writer = csv.DictWriter(text, rows[-1], restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        files.write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+        files.write_text(self.path, text.getvalue())
 
     def figure(self, path, step):
         """Take a picture file that the run has drawn."""

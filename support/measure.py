@@ -19,7 +19,7 @@ from support import device, figures, metrics, sheets, streams, tiles
 from support.held_out import in_parts
 from support.metrics import METRICS
 
-TILE = 608  # pixels, height and width of the largest part of a picture that it is given; one of CBSD68 fits
+TILE = 608  # pixels, height and width of the largest part of a picture that a network is given; one of CBSD68 fits
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
 MOST_LEVELS = 17  # integer noise levels, besides those of the literature
 STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far as they are fewer than the last
@@ -68,7 +68,7 @@ def levels_of(T):
 
 
 def shown_levels(T):
-    """Of these, the ones at which many numbers of steps are tried: the nearest to those that figures show."""
+    """The levels of levels_of(T) at which many numbers of steps are tried: the nearest to those that figures show."""
     return sorted({min(levels_of(T), key=lambda t: abs(t - shown)) for shown in figures.shown_levels(T)})
 
 
@@ -140,7 +140,7 @@ def quality(x0_hat, x0, x_t, sigma):
     """
     return dict(
         loss=(x0_hat - x0).square().mean(dim=(1, 2, 3)) / sigma**2,
-        whiteness=metrics.autocorrelation(x_t - x0_hat),
+        autocorrelation=metrics.autocorrelation(x_t - x0_hat),
         **{key: metric.measure(x0_hat, x0) for key, metric in METRICS.items()},
         **dict(zip(metrics.BANDS, metrics.band_power(x0_hat).unbind(1))),
     )

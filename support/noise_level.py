@@ -51,9 +51,9 @@ def estimate(pixels, likelihood=None, device="cpu"):
     """The Level of an array (C, H, W) of any size: C is 3, or 1 for grey; uint8, uint16, or float in [-1, 1].
 
     likelihood: the level of greatest likelihood as a function of x (1, C, H, W) in [-1, 1], both on that scale, see
-    diffusion.estimate_sigma; None: statistics alone decide. Noise that differs between channels has the root mean
-    square of their levels, noise that depends on the brightness the level of the flattest places. Time and memory are
-    bounded. Raises CheckpointError without usable WEIGHTS.
+    diffusion.estimate_sigma; None: statistics alone decide. For noise that differs between channels it is the root
+    mean square of their levels; for noise that depends on brightness, the level in the flattest places. Time and memory
+    are bounded. Raises CheckpointError without usable WEIGHTS.
     """
     parts = windows(pixels)
     features, count = statistics(parts)

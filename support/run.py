@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+import config
 import data
 import unet
 from config import UserError
@@ -46,7 +47,7 @@ class Folder:
 
 
 def begin(cfg, settings):
-    """(cfg, saved, Folder): take the run's folder, and the state to resume from or None.
+    """Take the run's folder: (cfg, saved, Folder), where `saved` is the state to resume from, or None.
 
     A resumed run gets the settings of its checkpoint. Raises CheckpointError if another process uses the folder, if a
     setting that was typed contradicts the checkpoint, or if checkpoints of another run would be harmed.
@@ -54,7 +55,7 @@ def begin(cfg, settings):
     if cfg.resume not in (None, "auto") and "out_dir" not in cfg.given:
         cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.resume).parent))
     if cfg.resume not in (None, "auto") and not Path(cfg.resume).is_file():
-        raise checkpoint.CheckpointError(f"--resume {cfg.resume}: there is no such file; train.py names what it saves")
+        raise checkpoint.CheckpointError(f"--resume {cfg.resume}: there is no such file; name one that train.py saved")
     lock = checkpoint.lock(cfg.out_dir) if os.environ.get("RANK", "0") == "0" else None
     saved, there = None, checkpoint.in_folder(cfg.out_dir)
     if cfg.resume == "auto":
@@ -87,7 +88,7 @@ def settings_of(saved, cfg, settings):
     for name in cfg.given & values.keys() - MAY_CHANGE:
         typed = getattr(cfg, name)
         if typed not in ("auto", values[name]):
-            flag = "--" + name.replace("_", "-")
+            flag = config.flag_of(name)
             raise checkpoint.CheckpointError(
                 f"{cfg.resume} was trained with {flag} {values[name]}, not {typed}; "
                 f"leave {flag} out to go on with it, or start anew in another --out-dir"
@@ -134,7 +135,7 @@ class Run:
         self.step = 0
         self.log = []  # one row per epoch
         self.seconds = 0.0  # of the epoch under way
-        self.began = None  # when this process began to train, see time_left, and at which step
+        self.own_steps, self.own_seconds = 0, 0.0  # of this process, see time_left
         self.loss_sum = torch.zeros((), device=world.device)  # of the epoch under way, on this rank
         self.unsaved = None  # what was wrong with the last save
         settings = dataclasses.asdict(cfg)
@@ -190,7 +191,6 @@ class Run:
         cfg, world, epoch = self.cfg, self.world, len(self.log)
         done = self.step - epoch * self.steps_per_epoch  # not 0 where the run was stopped inside this epoch
         self.started, self.shown = time.monotonic() - self.seconds, time.monotonic()
-        self.began = self.began or (time.monotonic(), self.step)
         batches = data.batches(images, cfg, epoch, world.rank, world.size, done)
         name = f"Epoch {epoch + 1}/{cfg.epochs}"
         self.bar = progress_bar(batches, name, world, initial=done, total=self.steps_per_epoch)
@@ -204,7 +204,8 @@ class Run:
         """Count the step, show it, save if that is due. Raises Stopped after a signal."""
         self.step += 1
         self.loss_sum += loss.detach()
-        self.seconds = time.monotonic() - self.started
+        before, self.seconds = self.seconds, time.monotonic() - self.started
+        self.own_steps, self.own_seconds = self.own_steps + 1, self.own_seconds + self.seconds - before
         if time.monotonic() - self.shown >= SHOW_EVERY:
             self.shown = time.monotonic()
             done = self.step - len(self.log) * self.steps_per_epoch
@@ -222,8 +223,6 @@ class Run:
         total = self.world.sum(self.loss_sum.clone()) / self.world.size
         block = min(shares, key=shares.get, default="")  # that with the smallest share
         before = self.log[-1]["seconds"] if self.log else 0.0
-        began, step = self.began
-        self.began = began + time.monotonic() - self.started - self.seconds, step  # without what was measured just now
         self.log.append(
             dict(
                 epoch=len(self.log),
@@ -324,11 +323,10 @@ class Run:
 
     def time_left(self):
         """At the pace of this process's steps (what came before may have run elsewhere), as text; ?: it made none."""
-        began, step = self.began
-        if self.step == step:
+        if not self.own_steps:
             return "?"
-        pace = (time.monotonic() - began) / (self.step - step)
-        return tqdm.format_interval(pace * (self.cfg.epochs * self.steps_per_epoch - self.step))
+        left = self.cfg.epochs * self.steps_per_epoch - self.step
+        return tqdm.format_interval(self.own_seconds / self.own_steps * left)
 
     def close(self):
         """End the run: the lock is released. Raises CheckpointError if the last save failed."""

@@ -30,9 +30,9 @@ def select(records, **fields):
 
 
 def summary(records):
-    """The whiteness of the true noise, and the held-out loss: the mean over the integer t that were measured."""
+    """The autocorrelation of the true noise, and the held-out loss: the mean over the integer t that were measured."""
     clean = select(records, method="clean")[0]
-    rows = [["whiteness of the true noise", interval(clean.values["whiteness"])]]
+    rows = [["autocorrelation of the true noise", interval(clean.values["autocorrelation"])]]
     for method in ("network", "control"):
         one = [record for record in select(records, method=method, steps=1) if record.t == int(record.t)]
         if one:
@@ -48,8 +48,8 @@ def one_step(records):
         columns |= {f"{metric.name} noisy": metric.digits, metric.name: metric.digits}
     for noisy, own in zip(select(records, method="noisy"), select(records, method="network", steps=1)):
         pairs = [record.values[key] for key in METRICS for record in (noisy, own)]
-        rows.append([own.sigma, own.t, *map(interval, (own.values["loss"], *pairs, own.values["whiteness"]))])
-    return dict(title=f"One step, {own.count:,} images", columns=columns | {"whiteness": 4}, rows=rows)
+        rows.append([own.sigma, own.t, *map(interval, (own.values["loss"], *pairs, own.values["autocorrelation"]))])
+    return dict(title=f"One step, {own.count:,} images", columns=columns | {"autocorrelation": 4}, rows=rows)
 
 
 def control(records):

@@ -139,14 +139,14 @@ def join(device, batch_size):
         backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         try:
             dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=own_gpu)  # a download can take long
-        except (ValueError, RuntimeError) as error:  # MASTER_ADDR or MASTER_PORT missing, no number, or in use
+        except (ValueError, RuntimeError) as error:  # MASTER_ADDR or MASTER_PORT missing, not a number, or in use
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the processes cannot connect ({reason}); use torchrun, on a free port") from None
     return World(device, rank, size, local_rank)
 
 
 def ranks_of_environment():
-    """(RANK, WORLD_SIZE, LOCAL_RANK), by default (0, 1, 0). Raises UserError if they are no ranks."""
+    """(RANK, WORLD_SIZE, LOCAL_RANK), by default (0, 1, 0). Raises UserError if they are not valid."""
     values = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)

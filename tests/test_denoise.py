@@ -35,7 +35,7 @@ CFG = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, widths=(4, 4, 
 
 
 def optimal_eps(x, t):
-    sigma = diffusion.noise_level(t, T)
+    sigma = diffusion.sigma_of_images(t, T)
     return sigma * (x - MU) / (S**2 + sigma**2)
 
 

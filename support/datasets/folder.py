@@ -49,19 +49,27 @@ SETTINGS = {
 
 
 def load(split, cfg):
-    """See support/datasets/__init__.py. What was read is stored in data_dir until a file or an option changes."""
+    """See support/datasets/__init__.py."""
     named = files(split, cfg)
-    if split == "train" and cfg.fresh_crops:
-        squares, crops = sum(scale**2 for scale in cfg.scales), len(cfg.scales) * cfg.crops_per_image
-        check_memory(
-            named,
-            cfg,
-            lambda width, height: 3 * width * height * squares + 32 * crops,
-            what=f"{len(named):,} pictures",
-            remedy="lower --limit or use fewer --scales",
-        )
-        good = read_all(split, named, cfg, lambda name, path: copies(path, cfg, cfg.scales))
-        return [torch.from_numpy(x).permute(2, 0, 1) for some in good for _, x in some], describe(len(good), cfg)
+    return full_pictures(named, cfg) if split == "train" and cfg.fresh_crops else fixed_crops(split, named, cfg)
+
+
+def full_pictures(named, cfg):
+    """(pictures, source) to draw new crops from: uint8 (3, H, W), every training picture at each of cfg.scales."""
+    squares, crops = sum(scale**2 for scale in cfg.scales), len(cfg.scales) * cfg.crops_per_image
+    check_memory(
+        named,
+        cfg,
+        lambda width, height: 3 * width * height * squares + 32 * crops,  # of a crop, what crops.Crops.draw keeps
+        what=f"{len(named):,} pictures",
+        remedy="lower --limit or use fewer --scales",
+    )
+    good = read_all("train", named, cfg, lambda name, path: copies(path, cfg, cfg.scales))
+    return [torch.from_numpy(x).permute(2, 0, 1) for some in good for _, x in some], describe(len(good), cfg)
+
+
+def fixed_crops(split, named, cfg):
+    """(images, source): crops (N, 3, S, S), stored in data_dir until a file or an option changes."""
     count = cfg.crops_per_image * len(cfg.scales) if split == "train" else math.ceil(HELD_OUT_CROPS / len(named))
 
     def crops(name, path):
