@@ -131,7 +131,7 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-def defaults(settings, **values):
+def defaults(settings, /, **values):
     """The settings at their defaults but for `values`, frozen: for use from Python."""
     values = {key: setting.default for key, setting in settings.items()} | values
     return dataclasses.make_dataclass("Settings", [*values, "given"], frozen=True)(**values, given=frozenset())

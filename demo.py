@@ -67,11 +67,12 @@ def page(network, max_pixels, folder):
         try:
             views, target, text = clean(path, estimated, sigma, strength, network, max_pixels, folder)
         except (UserError, OSError) as error:
-            raise gr.Error(str(error), duration=None) from None
+            raise gr.Error(str(error), duration=None, print_exception=False) from None
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, torch.OutOfMemoryError) or memory.lack(error)):
                 raise
-            raise gr.Error("there is not enough memory for this picture; use a smaller one", duration=None) from None
+            text = "there is not enough memory for this picture; use a smaller one"
+            raise gr.Error(text, duration=None, print_exception=False) from None
         return views, gr.DownloadButton(value=target, interactive=True), text
 
     with gr.Blocks(title="Denoise a picture", analytics_enabled=False, fill_width=True) as blocks:

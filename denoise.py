@@ -86,7 +86,8 @@ def denoise(image, sigma=None, strength=1, weights=None, ensemble=1):
     if isinstance(image, torch.Tensor) and image.dim() == 4 and len(image):
         return torch.stack([denoise(one, sigma, strength, weights, ensemble) for one in image])
     noisy, pack = pixels.unpack(image)
-    return pack(run(load(weights), noisy, sigma and sigma / GREY_LEVELS, strength, ensemble=ensemble).clean)
+    with torch.device("cpu"):  # whatever the program's default device is
+        return pack(run(load(weights), noisy, sigma and sigma / GREY_LEVELS, strength, ensemble=ensemble).clean)
 
 
 class Network(NamedTuple):

@@ -82,6 +82,8 @@ def evaluate_images(cfg, networks, knows_level, images):
 def evaluate_pictures(cfg, networks, knows_level, pictures, place, weights):
     """The tables for whole pictures, see data.whole_pictures. weights: the network's, for denoise.py's estimate."""
     every = len(pictures)
+    # Read before the long work: a training run may delete the file meanwhile.
+    denoiser = denoise.load(weights, cfg.device, cfg.precision) if knows_level else None
     denoisers = {"noisy": (every, noisy)} | {name: (every, network(*net)) for name, net in networks.items()}
     if cfg.baselines and "BM3D" in (methods := classical.methods()):
         if any(min(read().shape[1:]) < classical.BLOCK for read in pictures[: cfg.baselines]):
@@ -90,8 +92,7 @@ def evaluate_pictures(cfg, networks, knows_level, pictures, place, weights):
         denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
     records = measure.pictures(pictures, WHOLE_LEVELS, denoisers, place)
     told = {f"{sigma}": (every, measure.told(network(*networks["network"]), sigma)) for sigma in TOLD}
-    if knows_level:
-        denoiser = denoise.load(weights, cfg.device, cfg.precision)
+    if denoiser:
 
         def blind(x_t, _):
             return denoise.run(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(place)

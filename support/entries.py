@@ -53,7 +53,8 @@ def check(state, settings):
 def check_config(saved, settings):
     for name, value in saved.items():
         fits = isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name) and not keyword.iskeyword(name)
-        must(fits and name != "given" and is_plain(value), f"config[{name!r}]", "a setting with a plain value")
+        fits = fits and name not in ("given", "mro")  # which the dataclass of the settings cannot have
+        must(fits and is_plain(value), f"config[{name!r}]", "a setting with a plain value")
         must(name not in settings or config.allows(settings[name], value), f"config[{name!r}]", "in its range")
 
 

@@ -5,6 +5,11 @@ import platform
 import re
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# What PyTorch says of it in a plain RuntimeError: its allocators, oneDNN, and CUDA and its libraries.
+LACK = (
+    "DefaultCPUAllocator|MPS backend out of memory|could not create a (primitive|memory object)$|std::bad_alloc|"
+    "CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+)
 LARGEST_THRESHOLD = 32 * 2**20  # bytes, above which memory is not kept; mallopt refuses more
 
 
@@ -21,8 +26,7 @@ def keep_freed_memory():
 
 def lack(error):
     """What an exception says of a lack of the machine's memory, as the beginning of a sentence; else None."""
-    known = "DefaultCPUAllocator|MPS backend out of memory"  # a RuntimeError; Apple's GPU shares the machine's memory
-    if not isinstance(error, MemoryError) and not re.search(known, str(error)):
+    if not isinstance(error, MemoryError) and not re.search(LACK, str(error)):
         return None
-    request = re.search(r"allocate (\d+) bytes", str(error))
+    request = re.search(r"allocate (\d{8,}) bytes", str(error))
     return "there is not enough memory" + (f" for {int(request[1]) / 1e9:,.1f} GB more" if request else "")

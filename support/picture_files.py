@@ -13,7 +13,8 @@ from support import files, pictures
 DEEP = {".jp2", ".pgm", ".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
 LOSSY = {".jpg", ".jpeg", ".webp"}
 PNG_LEVEL = 4  # of zlib: the default, 6, takes three times as long for files that are 2% smaller
-OPAQUE = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".ppm"}  # endings of files to which transparency is lost
+OPAQUE = {".bmp", ".jpeg", ".jpg", ".pgm", ".ppm"}  # endings of files to which transparency is lost
+WITH_METADATA = {".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of files that keep profile and EXIF data
 # Tags of EXIF data that say how the pixels of their file are stored; Pillow would write them into a TIFF file as its.
 LAYOUT = {*range(254, 267), *range(273, 282), 284, *range(317, 348), *range(512, 533)}
 
@@ -113,15 +114,17 @@ def options_for(image, path):
         lost.append("depth of 16 bits")
     if image.mode.startswith("RGB") and ending == ".gif":
         lost.append("colours beyond 256")
-    if ending in OPAQUE and image.has_transparency_data:
+    if image.has_transparency_data and ending in OPAQUE:
         lost.append("transparency")
+    if image.has_transparency_data and ending == ".gif" and any(image.getchannel("A").histogram()[1:255]):
+        lost.append("partial transparency")
     for key, name in (("icc_profile", "colour profile"), ("exif", "EXIF data")):
         data = image.info.get(key)
         if key == "icc_profile" and data and data[16:20] != space:  # made for other colours than these
             continue
         if key == "exif" and data and options["format"] == "TIFF":
             data = without_layout(data)
-        if data and trial(strips[0], options | {key: data}):
+        if data and (ending not in WITH_METADATA or trial(strips[0], options | {key: data})):
             lost.append(name)
         elif data:
             options[key] = data
@@ -166,8 +169,9 @@ def trial(image, options):
 
 def write(image, path, options, overwrite):
     """Write a picture whole or not at all; over a file that is there only to overwrite. Raises UserError, OSError."""
-    image = bare(image, path)
+    encoded = io.BytesIO()  # in memory first: on a full disk Pillow's JPEG 2000 encoder would try for ever
+    bare(image, path).save(encoded, **options)
     try:
-        files.write_atomically(path, lambda file: image.save(file, **options), replace=overwrite)
+        files.write_atomically(path, lambda file: file.write(encoded.getbuffer()), replace=overwrite)
     except FileExistsError:  # it came into being after the plan was made
         raise already_there(path) from None

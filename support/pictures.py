@@ -109,6 +109,7 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
                 raise DataError(f"{path} has colours of 16 bits in separate planes; save it interleaved or compressed")
             if loses_bits(image):
                 say_once(path, "colours of more than 8 bits are read as 8 bits")
+            scale_transparent_colour(image)
             image.load()
             drop_text(image, path)  # what stood after the pixels
             try:
@@ -153,6 +154,15 @@ def drop_text(image, path):
         say_once(path, "its colour profile is damaged and is ignored")
 
 
+def scale_transparent_colour(image):
+    """Bring the transparent colour of a PNG file, which Pillow leaves in the file's depth, to 8 bits as the pixels."""
+    colour, rawmode = image.info.get("transparency"), image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if rawmode in ("L;2", "L;4") and isinstance(colour, int):
+        image.info["transparency"] = colour * (85 if rawmode == "L;2" else 17)
+    if rawmode == "RGB;16B" and colour:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
 def is_profile(profile):
     try:
         ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -175,7 +185,10 @@ def loses_bits(image):
     """Whether colours of more than 8 bits are about to be decoded to 8, as Pillow has no mode for them."""
     if image.mode.startswith("I"):
         return False
-    return any(";16" in str(args) or (codec.startswith("ppm") and args[1] > 255) for codec, _, _, args in image.tile)
+    return any(
+        ";16" in str(args) or (codec.startswith("ppm") and isinstance(args, tuple) and args[1] > 255)
+        for codec, _, _, args in image.tile
+    )
 
 
 def misreads(image):

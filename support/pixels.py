@@ -39,6 +39,8 @@ def unpack(image):
 
 def unpack_pillow(image):
     """Alpha and info go back where they came from."""
+    if not image.width * image.height:
+        raise ValueError(f"an image of {image.width}x{image.height} pixels is empty")
     image = writable(image)
     mode, info = image.mode, dict(image.info)
     alpha = image.getchannel("A") if mode.endswith("A") else None

@@ -76,7 +76,7 @@ def fail(reason):
 def explain(error):
     """What an error of PyTorch, or a lack of memory, means that is no fault of the code; others are raised again."""
     if lack := memory.lack(error):
-        return f"{lack}; use fewer or smaller images, or a smaller network"
+        return f"{lack}; use fewer or smaller images, a smaller network, or in training a smaller --batch-size"
     # What gloo and NCCL say when a peer is gone: Connection closed, Connection reset, Broken pipe, ...
     if os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|onnection", str(error)):
         return f"{error} (if another process of the run ended, see its message; go on with --resume auto)"

@@ -434,6 +434,7 @@ EDITS = [  # the way to an entry, what it becomes (None: it is gone), what the l
     (["config", "model"], ["unet"], "config['model']"),
     (["config", "class"], 1, "config['class']"),
     (["config", "given"], 1, "config['given']"),
+    (["config", "mro"], 1, "config['mro']"),
     (["config", "a b"], 1, "config['a b']"),
     (["config", "data_dir"], None, "not a checkpoint of this project"),
     (["network"], None, "network"),

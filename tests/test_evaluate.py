@@ -507,6 +507,19 @@ def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
     torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4 * whole.std().item())
 
 
+def test_a_training_run_may_delete_the_weights_meanwhile(untrained, run_script, photographs, tmp_path, monkeypatch):
+    untrained()
+    measured = measure.pictures
+
+    def at_work(*args):
+        (tmp_path / "model/unet32_e0.pth").unlink(missing_ok=True)
+        return measured(*args)
+
+    monkeypatch.setattr(measure, "pictures", at_work)
+    code, out, err = run_script("--dataset", "folder", "--data-dir", photographs)
+    assert code == 0 and "PSNR on 2 whole test pictures" in out, err
+
+
 def test_where_only_a_tenth_of_a_folder_is_measured_it_is_said(untrained, run_script, photographs, tmp_path):
     untrained("unet")
     (tmp_path / "mixed").mkdir()

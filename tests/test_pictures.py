@@ -38,14 +38,17 @@ def tiff(values, photometric=1, sample_format=1, extra=(), order="<", **tags):
     return head + pixels + struct.pack(f"{order}H", len(entries)) + directory + bytes(4) + heap
 
 
-def png(values, kind, *chunks, bits=16):
-    """A PNG file of an array (W,) or (W, channels), one row; kind: PNG's colour type."""
+def png(values, kind, *chunks, bits=16, width=None):
+    """A PNG file of an array (W,) or (W, channels), one row; kind: PNG's colour type.
+
+    With fewer than 8 bits: of the bytes into which its `width` pixels are packed.
+    """
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    pixels = b"\0" + np.array(values).astype(f">u{bits // 8}").tobytes()
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, bits, kind, 0, 0, 0))
+    pixels = b"\0" + np.array(values).astype(f">u{max(bits, 8) // 8}").tobytes()
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width or len(values), 1, bits, kind, 0, 0, 0))
     body = b"".join(chunk(*c) for c in chunks) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + head + body
 
@@ -128,6 +131,18 @@ KINDS = {
                           "are read as 8 bits"),
     "16-bit colour PPM as text": (".ppm", b"P3 1 1 65535\n65535 0 514", [[255, 0, 2]], "are read as 8 bits"),
     "transparent": (".png", png(u8([255, 0, 0, 255], [9, 9, 9, 0]), 6, bits=8), [[255, 0, 0], [255, 255, 255]], ""),
+    "a transparent colour": (".png", png(COLOURS, 2, (b"tRNS", struct.pack(">3H", 10, 20, 200)), bits=8),
+                             [[255, 0, 0], [0, 128, 0], [255, 255, 255], [255, 255, 255]], ""),
+    "a transparent colour of 16 bits": (".png", png(257 * COLOURS, 2, (b"tRNS", struct.pack(">3H", 2570, 5140, 51400))),
+                                        [[255, 0, 0], [0, 128, 0], [255, 255, 255], [255, 255, 255]], "read as 8 bits"),
+    "black beside a transparent colour of 16 bits": (".png", png([[0, 0, 0], [32768] * 3], 2,
+                                                     (b"tRNS", struct.pack(">3H", *[32768] * 3))),
+                                                     [[0, 0, 0], [255, 255, 255]], "read as 8 bits"),
+    **{f"a transparent grey of {bits} bits": (".png", png(u8(packed), 0, (b"tRNS", struct.pack(">H", 1)), bits=bits,
+                                              width=2), [0, 255], "")  # pixels 0 and 1
+       for bits, packed in ((1, [0b01000000]), (2, [0b00010000]), (4, [0b00000001]))},
+    "bitmap as text": (".pgm", b"P1\n4 1\n1 0 0 1\n", [0, 255, 255, 0], ""),
+    "bitmap": (".pgm", b"P4\n4 1\n" + bytes([0b10010000]), [0, 255, 255, 0], ""),
     "straight alpha": (".tif", tiff(u8([200, 100, 0, 128]), 2, extra=[2]), [[227, 177, 127]], ""),
     "premultiplied alpha": (".tif", tiff(u8([100, 50, 0, 128]), 2, extra=[1]), [[227, 177, 127]], ""),
     **({"grey, premultiplied alpha": (".tif", tiff(u8([100, 128]), 1, extra=[1]), [227], "")}
