@@ -129,9 +129,8 @@ def options_for(image, path):
         elif data:
             options[key] = data
     dpi = image.info.get("dpi")
-    if isinstance(dpi, tuple) and not trial(
-        strips[0], options | {"dpi": dpi}
-    ):  # a PNG text chunk of that name is not one
+    # A PNG text chunk of that name is no tuple.
+    if isinstance(dpi, tuple) and not trial(strips[0], options | {"dpi": dpi}):
         options["dpi"] = dpi
     return options, lost
 
