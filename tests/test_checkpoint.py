@@ -178,11 +178,6 @@ def test_a_file_written_with_a_gpu_is_read_without_one(path):
     assert equal(checkpoint.load(path), state)
 
 
-def test_the_shipped_weights_are_sound():
-    model, found = checkpoint.load_model(checkpoint.SHIPPED, "cpu")
-    assert sum(p.numel() for p in model.parameters()) == 2_176_515 and found.widths == (64, 128, 256)
-
-
 # ---- names -------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +265,15 @@ def test_a_folder_is_held_by_one_run(tmp_path):
     checkpoint.lock(tmp_path).close()
 
 
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    checkpoint.lock(tmp_path).close()
+    assert re.search(r"cannot be locked \(.*No locks available\); start no second run in it", capsys.readouterr().err)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes are POSIX")
 @pytest.mark.parametrize("kind", ["symlink", "dangling link", "hard link", "pipe", "folder"])
 def test_a_lock_that_is_no_file_of_ours_harms_nothing(tmp_path, kind):
@@ -305,8 +309,12 @@ def test_leftovers_go_and_nothing_else(tmp_path):
 # ---- files that are not what was saved ---------------------------------------------------------------------------
 
 
-def test_what_is_no_checkpoint_is_named(whole, path):
-    assert "does not exist" in refusal(path)
+def test_what_is_no_checkpoint_is_named(whole, path, monkeypatch):
+    assert "does not exist; name a checkpoint that train.py saved" in refusal(path)
+    with monkeypatch.context() as provided:
+        provided.setattr(checkpoint, "SHIPPED", path)
+        assert "does not exist; restore it" in refusal(path)
+    assert "cannot be read (File name too long)" in refusal(path.with_name(f"{'x' * 300}.pth"))
     path.write_bytes(b"")
     assert "is empty" in refusal(path)
     path.write_bytes(b"hello")

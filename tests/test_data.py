@@ -12,6 +12,7 @@ import os
 import pickle
 import runpy
 import shutil
+import sys
 import tarfile
 import threading
 import types
@@ -366,15 +367,6 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, capsys):
     assert "WARNING: left out" in said and "1 pictures are left out; photo.heic is a HEIC file" in said
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
-def test_a_pipe_among_the_pictures_is_named(tmp_path):
-    for split in ("train", "test"):
-        make_folder(tmp_path / split, 1, 32, 32)
-    os.mkfifo(tmp_path / "train" / "pipe.png")
-    with pytest.raises(DataError, match=r"pipe\.png cannot be read .*not a regular file"):
-        load("train", "folder", tmp_path)
-
-
 def test_a_folder_without_permission_is_named(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0)
@@ -524,6 +516,14 @@ def test_temporary_files_of_killed_processes_are_deleted_and_nothing_else(stored
 
 
 # ---- built-in images --------------------------------------------------------------------------------------------
+
+
+def test_without_torchvision_the_built_in_images_take_the_place_of_cifar10(few_leaves, tmp_path, monkeypatch):
+    support.datasets.automatic.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it raises ImportError
+    with pytest.raises(DataError, match=r"torchvision cannot be used .*install the version that matches PyTorch"):
+        load("train", "cifar10", tmp_path / "data")
+    assert "built-in" in data.load("train", settings("auto", tmp_path / "data"))[1]
 
 
 def test_leaves_are_stored_and_the_same_in_every_run(few_leaves, tmp_path, monkeypatch):
@@ -704,6 +704,23 @@ def test_the_noise_of_a_step():
     assert torch.equal(t, integers) and changed == pytest.approx(0.25, abs=0.03)
     assert mixed.std() == pytest.approx(1, abs=0.05)
     assert not torch.equal(eps, data.draw_noise(shape, settings(), "cpu", step=8)[1])
+
+
+def test_another_seed_gives_other_orders_and_noise():
+    def drawn(seed):
+        cfg = settings(seed=seed, noise="mixed", batch_size=400)
+        order = torch.cat(epoch_of(numbered(40), seed=seed))
+        return order, *data.draw_noise((40, 3, 2, 2), cfg, "cpu", step=0), data.draw_qualities(cfg, step=0)
+
+    assert all(map(torch.equal, drawn(1), drawn(1)))
+    assert not any(map(torch.equal, drawn(0), drawn(1)))
+
+
+def test_every_epoch_and_every_seed_cut_other_crops(crops):
+    def cut(epoch, seed=0):  # whatever their order
+        return {x.numpy().tobytes() for x in torch.cat(epoch_of(crops[0], epoch, seed=seed, flip=False))}
+
+    assert cut(0) == cut(0) != cut(1) and cut(0) != cut(0, seed=1)
 
 
 def test_held_out_noise_follows_from_the_place():

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 from torch import nn
 
 import config
@@ -205,10 +205,10 @@ def test_what_a_network_is_told_of_a_grey_picture():
         told.append(t.item())
         return torch.zeros_like(x)
 
-    for kind in ("white", "mixed"):
-        known = network(model)._replace(trained=dataclasses.replace(CFG, noise=kind))
+    for kind, shares in (("white", (0.25, 0.1)), ("mixed", (0.25, 0.1)), ("mixed", (0.0, 0.1))):
+        known = network(model)._replace(trained=dataclasses.replace(CFG, noise=kind, noise_shares=shares))
         assert math.isfinite(denoise.run(known, torch.from_numpy(noise(1, 20, 24)), 0.2).level.sigma)
-    assert told == pytest.approx([2 * math.sqrt(3), 2])
+    assert told == pytest.approx([2 * math.sqrt(3), 2, 2 * math.sqrt(3)])
 
 
 @pytest.mark.parametrize("sigma", [10, 25, 50])
@@ -268,7 +268,7 @@ def test_constant_pictures(shape, value, small_unet):
     flat = torch.full(shape, value, dtype=torch.uint8)
     for model in (optimal_eps, small_unet):
         result = denoise.run(network(model, 24), flat)
-        assert result.clean.shape == shape and math.isfinite(result.level.sigma)
+        assert result.level.sigma == 0 and torch.equal(result.clean, flat)
 
 
 def test_the_change_in_grey_levels():
@@ -633,6 +633,7 @@ REFUSED = {
     "a.png b.png -o b.png": "b.png is a file; several pictures need a folder",
     "in -o in": "the output in is inside the input in",
     "in -o in/out": "the output in/out is inside the input in",
+    "more -o .": "folder.png is a folder; choose another output",
     "empty -o x": "no pictures .* in empty",
     "alpha.png -o x.jpg": "x.jpg cannot be written .*choose another ending",
     "wide.png -o x.gif": "x.gif cannot be written",
@@ -648,7 +649,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_is_refused_before_the_network_runs(line, run, tmp_path, monkeypatch, capsys):
-    for name in ("a.png", "b.png", "in/a.png", "folder.png/a.png", "c_compare.png", "c_sheet.png", "a_sheet.png"):
+    names = "a.png", "b.png", "in/a.png", "folder.png/a.png", "c_compare.png", "c_sheet.png", "a_sheet.png"
+    for name in (*names, "more/folder.png"):
         write(name, noise(8, 8, 3))
     Path("empty").mkdir()
     Path("phone.heic").write_bytes(b"ftypheic")
@@ -662,6 +664,45 @@ def test_what_is_refused_before_the_network_runs(line, run, tmp_path, monkeypatc
     assert run(*line.split()) == 1
     assert re.match(f"error: .*({REFUSED[line]})", capsys.readouterr().err.splitlines()[-1])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_without_permission_is_refused_before_the_work(run, monkeypatch, capsys):
+    write("a.png", noise(8, 8, 3))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(denoise, "run", None)
+    assert run("a.png", "-o", "out/b.png") == 1
+    assert "error: no permission to write into out; change its permissions" in capsys.readouterr().err
+
+
+def test_the_device_and_the_precision_asked_for_reach_the_network(run, weights, monkeypatch):
+    asked, load = [], denoise.load
+    monkeypatch.setattr(denoise, "load", lambda *args: asked.append(args) or load(args[0]))
+    write("a.png", noise(8, 8, 3))
+    assert run("a.png", "-o", "b.png", "--sigma", 25, "--device", "cuda:7", "--precision", "bfloat16") == 0
+    assert asked == [(str(weights["unet"]), "cuda:7", "bfloat16")]
+
+
+def test_bfloat16_changes_little(small_unet):
+    noisy = torch.from_numpy(noise(3, 40, 44, dtype=np.uint16))
+    exact, fast = (
+        denoise.run(network(small_unet, 24)._replace(precision=precision), noisy, 0.2, ensemble=2).clean.float()
+        for precision in (torch.float32, torch.bfloat16)
+    )
+    assert 0 < (fast - exact).abs().mean() < 0.1 * (exact - noisy.float()).abs().mean()
+
+
+def test_pillows_own_limit_does_not_stand_in_the_way_of_max_pixels(run, monkeypatch):
+    write("a.png", noise(20, 20, 3))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # more than twice as many are an error
+    assert run("a.png", "-o", "b.png", "--sigma", 25) == 0
+
+
+def test_jpeg_files_are_of_quality_95_with_every_colour(run):
+    write("a.png", noise(32, 32, 3))
+    assert run("a.png", "-o", "b.jpg", "--sigma", 25) == 0
+    written = Image.open("b.jpg")
+    assert JpegImagePlugin.get_sampling(written) == 0  # 4:4:4
+    assert written.quantization[0][0] == 2  # libjpeg's (16 * (200 - 2 * 95) + 50) // 100; 8 by default
 
 
 @pytest.mark.parametrize("line", [("", "-o", "x/"), ("a.png", "", "-o", "x/"), ("a.png", "-o", "")])
@@ -938,21 +979,18 @@ def test_sheets_of_small_and_deep_pictures(run):
     assert len(os.listdir("out")) == 9
 
 
-def test_the_sheet_shows_as_many_steps_as_the_output_has(run):
+def test_the_sheet_is_made_as_the_output_is(run):
+    """In as many steps, and over as many orientations."""
     write("a.png", noise(40, 40, 3))
     size, gap, line = sheets.LEAST_WIDTH, sheets.GAP, sheets.LINE
-    for steps in (1, 4):
-        assert run("a.png", "-o", f"{steps}.png", "--sigma", 60, "--steps", steps, "--sheet") == 0
-        sheet = np.asarray(Image.open(f"{steps}_sheet.png"))
+    for name, flags in (("once", ()), ("steps", ("--steps", 4)), ("ensemble", ("--ensemble", 8))):
+        assert run("a.png", "-o", f"{name}.png", "--sigma", 60, *flags, "--sheet") == 0
+        sheet = np.asarray(Image.open(f"{name}_sheet.png"))
         column = 1 + sheets.STRENGTHS.index(1)
         part = blocks(sheet, gap + line, gap + column * (size + gap), 40, 2)
-        np.testing.assert_array_equal(part, np.asarray(Image.open(f"{steps}.png")))
-    assert (np.asarray(Image.open("1.png")) != np.asarray(Image.open("4.png"))).any()
-
-
-def test_a_network_without_time(run, capsys):
-    write("a.png", noise(40, 8, 3))
-    assert run("a.png", "-o", "x.png", "--sigma", 30, model="plain") == 0
+        np.testing.assert_array_equal(part, np.asarray(Image.open(f"{name}.png")))
+    once = np.asarray(Image.open("once.png"))
+    assert all((once != np.asarray(Image.open(f"{name}.png"))).any() for name in ("steps", "ensemble"))
 
 
 def test_as_a_user_runs_it(script, weights, tmp_path):

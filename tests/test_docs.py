@@ -133,6 +133,7 @@ def test_hub_gives_the_trained_networks():
         saved = checkpoint.load(ROOT / "model" / f"{name}.pth")["model"]
         network = torch.hub.load(str(ROOT), name, source="local")
         assert isinstance(network, UNet) and not network.training
+        assert sum(p.numel() for p in network.parameters()) == 2_176_515
         for key, value in network.state_dict().items():
             assert torch.equal(value, saved[key].float())
 

@@ -48,6 +48,21 @@ def test_quality_tells_the_loss_of_eps_and_the_measures(pair):
     assert q.keys() >= {"loss", "autocorrelation", *metrics.METRICS, *metrics.BANDS}
 
 
+def test_the_curves_of_the_figure_are_means_over_the_images_that_all_have():
+    def record(method, psnr, high, count=4, steps=0, sampler=""):
+        values = {"psnr": psnr + torch.arange(count), "high": torch.full((count,), high)}
+        return Record(method, 25.5, values, 2, steps, sampler)
+
+    records = [record("clean", 0.0, 2.0), record("noisy", 20.0, 9.0), record("network", 30.0, 1.0, 4, 1, "euler")]
+    records += [record("network", 29.0, 1.5, 2, 2, "euler"), record("network", 28.0, 1.6, 2, 2, "heun")]
+    records += [record("blur", 25.0, 0.5, 3)]
+    levels, trade_off, count = tables.curves(records, 2, [2])
+    expected = {"noisy": 20.5, "one step": 30.5, "several steps": 29.5, "blur": 25.5}
+    assert levels == {name: [(25.5, psnr)] for name, psnr in expected.items()} and count == 2
+    assert trade_off == {"sigma = 25.5": [(0.5, 0.0, 1), (0.75, -1.0, 2)]}
+    assert tables.curves(records, 2, [5])[1] == {}  # another level is shown
+
+
 @pytest.mark.parametrize("T", [2, 3, 10, 19, 100, 1000])
 def test_levels_are_few_and_cover_all(T):
     levels = measure.levels_of(T)

@@ -192,15 +192,18 @@ def test_damaged_saves_do_not_crowd_out_whole_ones(run, monkeypatch):
 def test_kill_9_loses_at_most_the_work_since_the_last_save(start, tmp_path):
     """Killed while it saves after every step: the newest file is whole, leftovers vanish, the run goes on."""
     folder, path, step = tmp_path / "model", None, 0
+
+    def reached():
+        """The step of the newest save by its name: the run may delete the file at any moment."""
+        found = checkpoint.in_folder(folder)
+        epoch, step = checkpoint.epoch_and_step(found[-1]) if found else (0, 0)
+        return min(step, 4 * (epoch + 1))  # of four steps an epoch; that of a finished one is infinite
+
     for trial in range(2):
         saves = ("--save-every-steps", 1)
         process = start("--resume", "auto") if trial else start("--epochs", 100_000, *SMALL, *saves)
         beyond = step + 2
-
-        def far_enough(beyond=beyond):
-            return checkpoint.in_folder(folder) and checkpoint.load_newest(folder)[1]["step"] > beyond
-
-        wait_for(process, far_enough)
+        wait_for(process, lambda beyond=beyond: reached() > beyond)
         time.sleep(random.random() / 5)
         process.kill()
         output, _ = process.communicate()
@@ -220,6 +223,20 @@ def test_one_command_starts_and_goes_on(run, capsys):
     run("--resume", "auto", "--epochs", 2, *SMALL, fresh=True)
     assert "resumed: model/unet32_e0.pth" in capsys.readouterr().out
     assert [path.name for path in checkpoint.in_folder("model")] == ["unet32_e0.pth", "unet32_e1.pth"]
+
+
+def test_a_run_of_two_processes_goes_on_in_one_with_the_mean_of_their_losses(run, monkeypatch, capsys):
+    run("--epochs", 1, "--out-dir", "straight", *SMALL)
+    at_step(monkeypatch, lambda step: signal.raise_signal(signal.SIGINT) if step == 1 else None)
+    with pytest.raises(SystemExit):
+        run("--epochs", 1, *SMALL)
+    state = checkpoint.load("model/unet32_e0_s2.pth")
+    sums = state["loss_sums"].item() * torch.tensor([0.5, 1.5])
+    checkpoint.save("model/unet32_e0_s2.pth", dict(state, loss_sums=sums))
+    run("--resume", "auto", "--device", "cpu")
+    assert "1 processes go on where 2 stood" in capsys.readouterr().out
+    one, two = (checkpoint.load(f"{folder}/unet32_e0.pth")["log"][0]["train_loss"] for folder in ("straight", "model"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 # ---- a disk that fails ------------------------------------------------------------------------------------------
@@ -350,6 +367,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(start, run, tmp_path,
     "environment, message",
     [
         ({"RANK": "", "WORLD_SIZE": "1"}, "RANK='', which is not a number"),
+        ({"WORLD_SIZE": "3"}, "--batch-size 4 cannot be split over 3 processes; use a multiple of 3"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is not a number"),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "contradict each other"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "contradict each other"),

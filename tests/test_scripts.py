@@ -160,6 +160,74 @@ def test_a_device_that_cannot_be_used_is_refused(name):
         device.pick(name)
 
 
+def test_a_gpu_that_cannot_compute_is_passed_over_unless_it_was_asked_for(monkeypatch, capsys):
+    def no_kernel(*size, device):
+        raise RuntimeError("no kernel image is available\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    assert device.pick("auto") == torch.device("cpu")
+    said = capsys.readouterr().err
+    assert said == "WARNING: cuda:0 cannot be used (no kernel image is available); using the CPU\n"
+    with pytest.raises(config.UserError, match=r"--device cuda:1 cannot be used .*; use another, such as --device cpu"):
+        device.pick("cuda:1")
+    with pytest.raises(config.UserError, match=r"--device cuda:1 cannot be used .*; use another, or fewer processes"):
+        device.pick("auto", local_rank=1, world=2)
+
+
+@pytest.mark.parametrize(
+    "name, cuda, mps, rank, processes, expected",
+    [
+        *(("auto", True, True, 0, 1, "cuda:0"), ("auto", True, False, 2, 4, "cuda:2")),
+        *(("cuda:0", True, False, 2, 4, "cuda:2"), ("cuda:3", True, False, 0, 1, "cuda:3")),
+        *(("auto", False, True, 0, 1, "mps"), ("auto", False, True, 1, 2, "cpu")),
+    ],
+)
+def test_every_process_has_a_gpu_of_its_own_and_apples_is_for_one(
+    name, cuda, mps, rank, processes, expected, monkeypatch
+):
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))  # whatever there is
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert device.pick(name, rank, processes) == torch.device(expected)
+    with pytest.raises(config.UserError, match="--device mps cannot be used by several processes"):
+        device.pick("mps", 0, 2)
+    assert device.pick_precision("auto", torch.device("mps")) == torch.float32
+    assert device.memory_format("mps") == torch.contiguous_format and device.memory_format("cpu") == torch.channels_last
+
+
+@pytest.mark.parametrize(
+    "error, processes, line",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "the GPU's memory is full; use --device cpu"),
+        (
+            RuntimeError("[gloo] Connection closed"),
+            2,
+            r"\[gloo\] Connection closed \(if another process",
+        ),
+        (config.UserError("two\n  lines"), 1, "two lines"),
+        (RuntimeError("[gloo] Connection closed"), 1, None),
+        (RuntimeError("shapes differ"), 2, None),
+        (KeyError("x"), 1, None),
+    ],
+)
+def test_what_is_no_fault_of_the_code_is_one_line_and_the_rest_a_traceback(error, processes, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # script.run replaces the streams
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit if line else type(error)) as caught:
+        scripts.run(fail)
+    if line:
+        assert caught.value.code == 1 and re.fullmatch(rf"error: {line}.*\n", capsys.readouterr().err)
+    else:
+        assert caught.value is error
+
+
 # ---- overfit.py -------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +273,15 @@ def test_other_images_are_not_looked_for_where_those_of_the_training_were(monkey
     assert visualize.load_run(typed)[-1].data_dir == "mine"
 
 
+def test_figures_lie_with_their_weights_and_the_limit_of_the_training_is_not_theirs(monkeypatch):
+    trained = config.defaults(train.SETTINGS, dataset="leaves", limit=5)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (None, trained))
+    for given, expected in (((), "mine"), (("out_dir",), "figures")):
+        cfg = config.defaults(visualize.SETTINGS, weights="mine/unet32_e0.pth", out_dir="figures", device="cpu")
+        cfg = visualize.load_run(dataclasses.replace(cfg, given=frozenset(given)))[-1]
+        assert (cfg.out_dir, cfg.dataset, cfg.limit) == (expected, "leaves", None)
+
+
 def test_train_then_visualize(run_script, pictures, tmp_path):
     code, _, err = run_script(visualize, "--curves")  # before there is anything to draw
     assert code == 1 and re.fullmatch(r"error: .*train.py first.*\n", err)
@@ -232,15 +309,20 @@ def test_few_noise_levels(T, run_script, pictures, monkeypatch):
     """The strip begins at T / 2, and no row is drawn twice."""
     args = (*TINY, "--dataset", "folder", "--data-dir", pictures, "--epochs", 1, "--batch-size", 8)
     assert run_script(train, *args, "--noise-steps", T)[0] == 0
-    drawn = []
-    monkeypatch.setattr(figures, "grid", lambda path, rows: drawn.append([name for name, *_ in rows]))
-    for flags in ((), ("--strip",)):
+    drawn, counts = [], set()
+
+    def grid(path, rows):
+        drawn.append([name for name, *_ in rows])
+        counts.update(len(images) for _, images, _ in rows)
+
+    monkeypatch.setattr(figures, "grid", grid)
+    for flags in (("--images", 3), ("--strip", "--images", 3)):
         code, _, err = run_script(visualize, *flags)
         assert code == 0, err
     rows = ["original", "t = 1\nnoisy", "1 step"]
     if T == 4:
         rows += ["t = 2\nnoisy", "1 step", "2 steps", "t = 3\nnoisy", "1 step", "3 steps"]
-    assert drawn[0] == rows and drawn[1][1] == f"t = {T // 2}\nnoisy"
+    assert drawn[0] == rows and drawn[1][1] == f"t = {T // 2}\nnoisy" and counts == {3}
 
 
 @pytest.mark.parametrize(
@@ -268,6 +350,24 @@ def test_a_damaged_log_is_said_in_one_line(log, run_script, tmp_path):
     (tmp_path / "model/log.csv").write_bytes(log)
     code, _, err = run_script(visualize, "--curves")
     assert code == 1 and re.fullmatch(r"error: model.log.csv is empty or damaged.*\n", err)
+
+
+def test_the_curves_are_both_losses_by_epochs_counted_from_one(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    rows = [dict(epoch=str(i), train_loss=f"0.{4 - i}", test_loss=f"0.{2 - i}") for i in range(2)]
+    figures.curves(rows, "unused.png")
+    found = [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].axes[0].lines]
+    assert found == [("training", [1, 2], [0.4, 0.3]), ("held out", [1, 2], [0.2, 0.1])]
+
+
+def test_every_cell_shows_its_psnr(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    x0, off = torch.zeros(3, 8, 8), torch.full((3, 8, 8), 0.5)
+    figures.panels("unused.png", [("original", x0, None), ("off", off, x0), ("same", x0, x0)])
+    labels = [(ax.get_title(), ax.get_xlabel()) for ax in drawn[0].axes]
+    assert labels == [("original", ""), ("off", "12.0 dB"), ("same", "∞ dB")]  # 20 log10(255 / 63.75)
 
 
 def test_a_grid_of_any_number_of_steps_and_images(tmp_path):

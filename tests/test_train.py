@@ -24,7 +24,7 @@ import data
 import diffusion
 import train
 import unet
-from support import checkpoint, device, held_out, loggers, streams
+from support import checkpoint, device, figures, held_out, loggers, streams
 from support import run as runs
 from support.world import World
 
@@ -50,6 +50,8 @@ def test_learning_rates_are_those_of_pytorch():
                 scheduler.step()
     cfg = config.defaults(train.SETTINGS, lr=0.1, epochs=10, warmup_steps=10, schedule="constant")
     assert [train.lr_at(step, cfg, 5) for step in (0, 4, 9, 30)] == pytest.approx([0.01, 0.05, 0.1, 0.1])
+    cfg = dataclasses.replace(cfg, schedule="linear")  # of 50 steps: the lower of the two rates counts
+    assert [train.lr_at(step, cfg, 5) for step in (0, 4, 9, 30, 49)] == pytest.approx([0.01, 0.05, 0.082, 0.04, 0.002])
 
 
 def test_reference_preset_is_the_textbook_loop(run, pictures):
@@ -82,6 +84,14 @@ def test_reference_preset_is_the_textbook_loop(run, pictures):
         # Relative to the way it went: Adam turns the rounding of a vanishing gradient into a step of visible size.
         difference = (trained["model"][name] - parameter).norm() / (parameter - initial[name]).norm()
         assert difference < 0.02, name
+
+
+def test_the_first_weights_follow_from_the_seed(run):
+    run("--epochs", 1, "--lr", 0, "--recycle", 0, "--seed", 3, *SMALL)
+    torch.manual_seed(3)
+    expected = unet.UNet(widths=(4, 4, 8), t_dim=8).state_dict()
+    found = checkpoint.load("model/unet32_e0.pth")["model"]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_settings_reach_the_training(run, monkeypatch):
@@ -185,7 +195,9 @@ def test_a_training_on_photographs_sees_jpegs_and_can_be_resumed(run, tmp_path, 
 # ---- what a run leaves ------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_checkpoints_log_and_grids(run, capsys):
+def test_a_run_leaves_checkpoints_log_and_grids(run, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(loggers.CSV, "figure", lambda self, path, step: given.append((str(path), step)))
     run("--epochs", 3, "--save-model-epochs", 2, "--sample-every-epochs", 3, "--lr", 2e-3, *SMALL)
     names = sorted(path.name for path in checkpoint.in_folder("model"))
     assert names == ["unet32_e1.pth", "unet32_e2.pth"]  # after two epochs, and at the end
@@ -197,6 +209,8 @@ def test_a_run_leaves_checkpoints_log_and_grids(run, capsys):
     ]
     assert [(row["epoch"], row["step"]) for row in rows] == [("0", "4"), ("1", "8"), ("2", "12")]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert os.listdir("model/res") == ["comparison_result_unet32_e2.png"]
+    assert given == [("model/res/comparison_result_unet32_e2.png", 12)]
     assert Image.open("model/res/comparison_result_unet32_e2.png").width > 300
     output = capsys.readouterr()
     assert output.out.count("model saved: model/unet32_e") == 2
@@ -206,9 +220,33 @@ def test_a_run_leaves_checkpoints_log_and_grids(run, capsys):
     assert (state["epoch"], state["step"]) == (2, 12)
     assert state["config"]["batch_size"] == 4 and state["config"]["noise_steps"] == 10
     unet.UNet(widths=(4, 4, 8), t_dim=8).load_state_dict(state["model"], strict=True)
-    x, t = torch.zeros(4, 3, 32, 32), torch.tensor([1, 5, 9, 9])
-    model, _ = checkpoint.load_model("model/unet32_e2.pth", torch.device("cpu"))
-    assert diffusion.noise_loss(model, x, torch.randn_like(x), t, 10) < 2
+    assert state.keys() == {
+        *("model", "network", "optimizer", "epoch", "step", "config", "data", "hardware"),
+        *("log", "loss_sums", "seconds", "checksum"),
+    }
+
+
+@pytest.mark.parametrize("why", ["figures need Matplotlib", "No space left on device"])
+def test_a_grid_that_cannot_be_drawn_does_not_end_the_run(run, monkeypatch, capsys, why):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if "Matplotlib" in why:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises ImportError
+    else:
+        monkeypatch.setattr(figures, "save", full)
+    run("--epochs", 2, "--sample-every-epochs", 1, *SMALL)
+    said = re.findall(
+        rf"WARNING: \S+_e\d\.png could not be saved \(.*{why}.*\); training goes on", capsys.readouterr().err
+    )
+    assert len(said) == 2 and checkpoint.load("model/unet32_e1.pth")["step"] == 8
+
+
+def test_saves_inside_an_epoch_come_when_they_are_due(run, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: saved.append(path.name) or save(path, state))
+    run("--epochs", 2, "--save-every-steps", 3, *SMALL)
+    assert saved == ["unet32_e0_s3.pth", "unet32_e0.pth", "unet32_e1_s6.pth", "unet32_e1.pth"]
 
 
 @pytest.mark.parametrize("model, optimizer", [("unet", "muon"), ("plain", "adamw")])
@@ -271,7 +309,7 @@ def test_tensorboard_and_wandb_are_given_the_newest_row(monkeypatch, tmp_path):
         calls.append((args, named))
 
     board, wandb = types.ModuleType("torch.utils.tensorboard"), types.ModuleType("wandb")
-    board.SummaryWriter = lambda folder: types.SimpleNamespace(add_scalar=note, flush=lambda: None)
+    board.SummaryWriter = lambda folder: types.SimpleNamespace(add_scalar=note, add_image=note, flush=lambda: None)
     wandb.Image, wandb.init = str, lambda **_: types.SimpleNamespace(log=note)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -280,6 +318,13 @@ def test_tensorboard_and_wandb_are_given_the_newest_row(monkeypatch, tmp_path):
         loggers.start(name, tmp_path, {}).log(rows)
     scalars = dict.fromkeys(loggers.SCALARS, 2)
     assert calls == [*(((name, 2, 2), {}) for name in scalars), ((scalars,), {"step": 2})]
+    calls.clear()
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "grid.png")
+    for name in ("tensorboard", "wandb"):
+        loggers.start(name, tmp_path, {}).figure(tmp_path / "grid.png", 7)
+    ((name, image, step), named), of_wandb = calls
+    assert (name, image.shape, step, named) == ("comparison", (2, 3, 3), 7, {"dataformats": "HWC"})
+    assert of_wandb == (({"comparison": str(tmp_path / "grid.png")},), {"step": 7})
 
 
 def test_a_finished_run_can_be_prolonged(run, capsys):
@@ -376,16 +421,36 @@ def test_processes_that_start_from_different_things_are_refused(monkeypatch, of_
         runs.load_images(config.defaults(train.SETTINGS, batch_size=4), world)
 
 
-def test_what_cannot_be_resumed_is_said(run, tmp_path):
+def test_what_cannot_be_resumed_is_said(run):
     with pytest.raises(checkpoint.CheckpointError, match=r"nowhere/at.pth: there is no such file"):
         run("--resume", "nowhere/at.pth")
     assert not Path("nowhere").exists()
-    (tmp_path / "junk.pth").write_bytes(b"junk")
-    with pytest.raises(checkpoint.CheckpointError, match=r"junk.pth is damaged, or is not a checkpoint"):
-        run("--resume", "junk.pth")
-    torch.save({"model": {}, "optimizer": {}, "config": {"n_layer": 12}}, "other.pth")
-    with pytest.raises(checkpoint.CheckpointError, match=r"other.pth is not a checkpoint of this project"):
-        run("--resume", "other.pth")
+    run("--epochs", 1, *SMALL)
+    state = checkpoint.load("model/unet32_e0.pth")
+    checkpoint.save("model/unet32_e1_s9.pth", dict(state, epoch=1, step=9))  # an epoch has four steps
+    with pytest.raises(checkpoint.CheckpointError, match="contradicts itself: its step is not in its epoch"):
+        run("--resume", "model/unet32_e1_s9.pth", "--epochs", 3)
+
+
+def test_a_run_resumed_by_name_goes_on_in_the_folder_of_its_checkpoint(run):
+    run("--epochs", 1, "--out-dir", "mine", *SMALL)
+    run("--resume", "mine/unet32_e0.pth", "--epochs", 2, "--device", "cpu")
+    assert [path.name for path in checkpoint.in_folder("mine")] == ["unet32_e0.pth", "unet32_e1.pth"]
+    assert not Path("model").exists()
+
+
+def test_the_weights_that_a_run_started_from_are_needed_at_its_start_alone(run):
+    run("--epochs", 1, "--out-dir", "first", *SMALL)
+    run("--init", "first/unet32_e0.pth", "--epochs", 1, *SMALL)
+    Path("first/unet32_e0.pth").unlink()
+    run("--resume", "auto", "--epochs", 2, "--device", "cpu")
+    assert checkpoint.load("model/unet32_e1.pth")["step"] == 8
+    with pytest.raises(
+        config.UserError, match=r"--init first/unet32_e0.pth: there is no such file here; .*--init none"
+    ):
+        run("--init", "first/unet32_e0.pth", "--out-dir", "again", *SMALL)
+    with pytest.raises(checkpoint.CheckpointError, match=r"cannot be used: .*; use another one, or --init none"):
+        run("--init", "model/unet32_e1.pth", "--out-dir", "wider", *SMALL, "--t-dim", 16)
 
 
 def test_a_run_starts_from_the_weights_of_another(run):
