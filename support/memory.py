@@ -28,5 +28,6 @@ def lack(error):
     """What an exception says of a lack of the machine's memory, as the beginning of a sentence; else None."""
     if not isinstance(error, MemoryError) and not re.search(LACK, str(error)):
         return None
-    request = re.search(r"allocate (\d{8,}) bytes", str(error))
-    return "there is not enough memory" + (f" for {int(request[1]) / 1e9:,.1f} GB more" if request else "")
+    request = re.search(r"allocate (\d+) bytes", str(error))
+    amount = f"{int(request[1]) / 1e9:,.1f}" if request else "0.0"
+    return "there is not enough memory" + (f" for {amount} GB more" if amount != "0.0" else "")
