@@ -48,10 +48,12 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def whole(low=1, high=2**31 - 1):
+    """Converter: an int from `low` to `high`."""
     return number(int, low, high)
 
 
 def real(low, high=math.inf):
+    """Converter: a float from `low` to `high`."""
     return number(float, low, high)
 
 
@@ -96,7 +98,7 @@ def parse(doc, settings, presets=None, argv=None):
     for key, setting in settings.items():
         add_argument(parser, key, setting)
     given = vars(parser.parse_args(argv))
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    given = {key: as_tuple(value) for key, value in given.items()}
     cfg = defaults(settings, **{**(presets or {}).get(given.get("preset"), {}), **given})
     changed = [
         f"{key}={getattr(cfg, key)}"
@@ -124,6 +126,11 @@ def add_argument(parser, key, setting):
         kind = or_none(setting.kind) if setting.default is None and not setting.count else setting.kind
         options |= dict(type=kind, nargs=setting.count, metavar=metavar)
     parser.add_argument(*filter(None, [setting.flag, flag_of(key)]), **options)
+
+
+def as_tuple(value):
+    """A list as a tuple, anything else as it is: settings are frozen."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def flag_of(name):

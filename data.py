@@ -8,7 +8,6 @@ for x0 in batches(images, cfg, epoch):                      # (cfg.batch_size, 3
 import dataclasses
 import functools
 import hashlib
-import sys
 
 import torch
 
@@ -17,8 +16,8 @@ import diffusion
 from config import Setting, UserError, file_name, real, whole
 from support import real_noise, streams
 from support.crops import Crops
-from support.datasets import DATASETS, automatic, refuse_pictures
-from support.device import memory_format
+from support.datasets import DATASETS, automatic, folder, refuse_pictures
+from support.devices import memory_format
 from support.pictures import DataError, read
 
 TEST_BATCH = 250  # test images measured at a time
@@ -71,14 +70,14 @@ def whole_pictures(split, cfg):
     if not hasattr(DATASETS[cfg.dataset], "files"):
         raise UserError(f"--dataset {cfg.dataset} has no whole pictures; use --dataset folder")
 
-    files = DATASETS[cfg.dataset].files(split, cfg)
-    found = [functools.partial(read_whole, path, cfg.max_pixels) for _, path in files]
-    good = [picture for picture in found if not cfg.skip_bad_images or readable(picture)]
-    if not good:
-        raise DataError(f"none of the {len(found)} {split} pictures in {cfg.data_dir} can be read")
-    if bad := len(found) - len(good):
-        print(f"WARNING: {bad} of {len(found)} pictures cannot be read and are left out", file=sys.stderr)
-    return good
+    def readable(name, path):
+        read(path, cfg.max_pixels)
+        return name, path
+
+    named = DATASETS[cfg.dataset].files(split, cfg)
+    if cfg.skip_bad_images:
+        named = folder.read_all(split, named, cfg, readable)
+    return [functools.partial(read_whole, path, cfg.max_pixels) for _, path in named]
 
 
 def read_whole(path, max_pixels):
@@ -86,14 +85,6 @@ def read_whole(path, max_pixels):
         return torch.from_numpy(read(path, max_pixels)).permute(2, 0, 1)
     except DataError as error:
         raise DataError(f"{error}, or add --skip-bad-images") from None
-
-
-def readable(picture):
-    try:
-        picture()
-        return True
-    except DataError:
-        return False
 
 
 def fingerprint(*splits):
@@ -115,12 +106,12 @@ def scale(images):
     return (images.float() / diffusion.GREY_LEVELS - 1).contiguous(memory_format=memory_format(images.device))
 
 
-def batches(images, cfg, epoch, rank=0, world=1, start=0):
-    """One epoch of batches x0, (cfg.batch_size / world, 3, S, S) float32 in [-1, 1], on the device of `images`.
+def batches(images, cfg, epoch, rank=0, world_size=1, start=0):
+    """One epoch of batches x0, (cfg.batch_size / world_size, 3, S, S) float32 in [-1, 1], on the device of `images`.
 
-    The order, the crops and the orientations follow from (cfg.seed, epoch) alone. Of each batch, rank r of `world` gets
-    the r-th of `world` equal parts. An incomplete last batch is left out (every epoch shuffles anew). start: batches
-    to skip. cfg.flip: mirror with probability 1/2; cfg.augment: one of all eight orientations instead.
+    The order, the crops and the orientations follow from (cfg.seed, epoch) alone. Of each batch, rank r gets the
+    r-th of world_size equal parts. An incomplete last batch is left out (every epoch shuffles anew). start: batches to
+    skip. cfg.flip: mirror with probability 1/2; cfg.augment: one of all eight orientations instead.
     """
     random = streams.generator("cpu", cfg.seed, streams.ORDER, epoch)
     order = torch.randperm(len(images), generator=random).to(images.device)
@@ -131,7 +122,7 @@ def batches(images, cfg, epoch, rank=0, world=1, start=0):
         turn = (torch.rand(len(images), generator=random) < 0.5).long()
     turn = turn.to(images.device)
     take = images.draw(cfg.seed, epoch) if isinstance(images, Crops) else images.__getitem__
-    share = cfg.batch_size // world
+    share = cfg.batch_size // world_size
     for i in range(start, len(images) // cfg.batch_size):
         part = slice(i * cfg.batch_size + rank * share, i * cfg.batch_size + (rank + 1) * share)
         x, turns = take(order[part]), turn[part, None, None, None]

@@ -3,8 +3,8 @@
     pip install -r requirements-demo.txt
     python demo.py                         then open the address that it prints, http://127.0.0.1:7860
 
-Drop a picture on it: the noise level is estimated, and before and after are compared under one slider. The picture
-that is saved is a PNG file of full size and depth. Nothing leaves the machine; results stay in the system's folder for
+Drop a picture on it: the noise level is estimated, and before and after are compared under one slider. What
+is saved is a PNG file of full size. Nothing leaves the machine; results stay in the system's folder for
 temporary files until the page ends.
 """
 
@@ -17,7 +17,6 @@ import torch
 import config
 import denoise
 from config import Setting, UserError, whole
-from diffusion import GREY_LEVELS
 from support import memory, picture_files, pictures, pixels, script, sheets
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when Gradio is imported
@@ -44,9 +43,9 @@ def clean(path, estimated, sigma, strength, network, max_pixels, folder):
     options, _ = picture_files.options_for(image, target)
     noisy, pack = pixels.unpack(image)
     given = None if estimated else sigma
-    result = denoise.run(network, noisy, given and given / GREY_LEVELS, strength)
+    result = denoise.denoise_pixels(network, noisy, given, strength)
     picture_files.write(pack(result.clean), target, options, overwrite=True)
-    notes = [denoise.describe(result.level, given, strength)]
+    notes = [denoise.describe(result.level, given, strength), *image.info.get(pictures.NOTES, [])]
     if doubt := denoise.doubt(noisy, result, network, strength):
         notes.append(doubt.replace("--sigma", "sigma").replace("--strength", "strength"))  # as the sliders are named
     if max(image.size) > SHOWN:
@@ -69,7 +68,7 @@ def page(network, max_pixels, folder):
         except (UserError, OSError) as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or memory.lack(error)):
+            if not (isinstance(error, torch.OutOfMemoryError) or memory.out_of_memory(error)):
                 raise
             text = "there is not enough memory for this picture; use a smaller one"
             raise gr.Error(text, duration=None, print_exception=False) from None

@@ -9,10 +9,10 @@ From Python:
 
     clean = denoise.denoise(image)                         a Pillow image, a NumPy array or a tensor; you get the same
 
-Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data, colour profile and resolution stay; a picture turned by
-EXIF is written upright. What Pillow does not give: 16 bits per channel in colour (read as 8), the EXIF data of a TIFF,
-and of an animation all frames but the first. A large picture goes through the network in tiles that give what the whole
-would.
+Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data, colour profile and resolution stay where the format has
+them; a picture turned by EXIF is written upright. What Pillow does not give: 16 bits per channel in colour (read as 8),
+the EXIF data of a TIFF, the gamma of a PNG, and of an animation all frames but the first. A large picture goes through
+the network in tiles that give what the whole would.
 """
 
 import functools
@@ -30,7 +30,7 @@ from config import REQUIRED, Setting, UserError, file_name, number, whole
 from diffusion import GREY_LEVELS
 from support import (
     checkpoint,
-    device,
+    devices,
     files,
     memory,
     noise_level,
@@ -56,12 +56,12 @@ SETTINGS = {
     "compare": Setting(False, bool, "write a before-after figure beside each output, {name}_compare.png"),
     "sheet": Setting(False, bool, "write a sheet of the centre denoised at several strengths, {name}_sheet.png"),
     "overwrite": Setting(False, bool, "replace output files that exist"),
-} | pictures.SETTINGS | device.SETTINGS  # fmt: skip
+} | pictures.SETTINGS | devices.SETTINGS  # fmt: skip
 
 # Pixels, height and width of a tile. With the widths 64 128 256, 64 channels of a tile just fit into a block of memory
 # that is kept for the next tile (memory.LARGEST_THRESHOLD). Larger tiles waste less on their margins, but take more
 # memory, and are not faster: of 24 megapixels, 1.32 times as many are computed with 352, 1.22 times with 480.
-TILE = {torch.float32: 352, torch.bfloat16: 480}
+TILE = {"float32": 352, "bfloat16": 480}
 WHOLE = 2_000_000  # pixels of the largest picture for a network that cannot be tiled
 
 
@@ -87,7 +87,7 @@ def denoise(image, sigma=None, strength=1, weights=None, ensemble=1):
         return torch.stack([denoise(one, sigma, strength, weights, ensemble) for one in image])
     noisy, pack = pixels.unpack(image)
     with torch.device("cpu"):  # whatever the program's default device is
-        return pack(run(load(weights), noisy, sigma and sigma / GREY_LEVELS, strength, ensemble=ensemble).clean)
+        return pack(denoise_pixels(load(weights), noisy, sigma, strength, ensemble=ensemble).clean)
 
 
 class Network(NamedTuple):
@@ -95,26 +95,26 @@ class Network(NamedTuple):
     trained: Any  # the settings of its training
     path: Path
     device: torch.device
-    precision: torch.dtype
+    precision: str  # see devices.pick_precision
     margin: float  # pixels, see tiles.by_tiles
 
 
-def load(weights=None, device_name="auto", precision="auto"):
+def load(weights=None, device="auto", precision="auto"):
     """The Network of a checkpoint, by default the one for photographs if there is one; cached until its file changes.
 
     Raises CheckpointError, and UserError if the device cannot be used.
     """
     path = Path(weights or (checkpoint.PHOTO if checkpoint.PHOTO.exists() else checkpoint.SHIPPED))
-    return load_once(path, path.stat().st_mtime_ns if path.exists() else None, device_name, precision)
+    return load_once(path, path.stat().st_mtime_ns if path.exists() else None, device, precision)
 
 
 @functools.lru_cache(maxsize=1)
-def load_once(path, changed, device_name, precision):
-    """changed: when the file was, for the cache alone."""
-    place = device.pick(device_name)
-    model, trained = checkpoint.load_model(path, place)
+def load_once(path, changed, device, precision):
+    """changed: the file's modification time, ns, or None; part of the cache's key and nothing else."""
+    device = devices.pick(device)
+    model, trained = checkpoint.load_model(path, device)
     margin = tiles.margin_of(tiles.receptive_field(model))
-    return Network(model, trained, path, place, device.pick_precision(precision, place), margin)
+    return Network(model, trained, path, device, devices.pick_precision(precision, device), margin)
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------
@@ -126,12 +126,12 @@ class Result(NamedTuple):
     gain: float  # what the network was told, over the level, see diffusion.grey
 
 
-def run(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
+def denoise_pixels(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     """The Result for pixels (C, H, W) of any height and width: uint8, uint16, or floating in [-1, 1]; C is 1 or 3.
 
-    sigma: in units of the [-1, 1] scale; None: estimated. ensemble: see diffusion.self_ensemble. Apart from copies of
-    the pixels, memory use is bounded. Raises UserError if the network cannot work in tiles and the picture has more
-    than WHOLE pixels.
+    sigma: on the 0-255 scale; None: estimated. ensemble: see diffusion.self_ensemble. Apart from copies of the pixels,
+    memory use is bounded. Raises UserError if the network cannot work in tiles and the picture has more than WHOLE
+    pixels.
     """
     model, T, margin, size = network.model, network.trained.noise_steps, network.margin, TILE[network.precision]
     if margin == math.inf and noisy[0].numel() > WHOLE:
@@ -141,19 +141,20 @@ def run(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
         gain = 1.0 if knows_equal_noise(network.trained) else math.sqrt(3)
         source, model = noisy[:1], diffusion.grey(model, T, gain)
     level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
-    t = diffusion.t_of(torch.tensor([strength * level.sigma], dtype=torch.float32, device=network.device), T)
+    assumed = strength * (level.sigma / GREY_LEVELS)
+    t = diffusion.t_of(torch.tensor([assumed], dtype=torch.float32, device=network.device), T)
     # Tiles in tiles: the outer ones, with a margin for every step, bound the memory of a whole denoising, the inner
     # ones that of one call of the network. With one step they coincide.
     in_tiles = tiles.tiled(diffusion.self_ensemble(model, ensemble), size, margin)
 
     def denoise_part(part):
-        x = tiles.pad(pixels.to_x(part.to(network.device))[None])
-        x_t = x.contiguous(memory_format=device.memory_format(network.device))
+        x = tiles.pad(pixels.to_x(part)[None].to(network.device))  # float32 alone: Apple's MPS has no float64
+        x_t = x.contiguous(memory_format=devices.memory_format(network.device))
         x0_hat = diffusion.denoise_steps(in_tiles, x_t, t, T, steps)[0, :, : part.shape[1], : part.shape[2]]
-        return pixels.from_x(x0_hat, part.dtype)
+        return pixels.from_x(x0_hat.cpu(), part.dtype)
 
     clean = torch.empty_like(source)
-    with torch.inference_mode(), device.autocast(network.device, network.precision):
+    with torch.inference_mode(), devices.autocast(network.device, network.precision):
         tiles.by_tiles(denoise_part, source, clean, size * min(steps, 3), steps * margin)
     return Result(clean.expand_as(noisy), level, gain)
 
@@ -188,14 +189,14 @@ def denoise_file(source, target, network, cfg):
     options, lost = picture_files.options_for(image, target)
     noisy, pack = pixels.unpack(image)
     del image  # of a large picture, memory that the network needs
-    result = run(network, noisy, cfg.sigma and cfg.sigma / GREY_LEVELS, cfg.strength, cfg.steps, cfg.ensemble)
+    result = denoise_pixels(network, noisy, cfg.sigma, cfg.strength, cfg.steps, cfg.ensemble)
     picture_files.write(pack(result.clean), target, options, cfg.overwrite)
     draw = {
         "compare": lambda: sheets.before_after(noisy, result.clean),
         "sheet": lambda: sheets.strengths(
             noisy,
             result.level.sigma,
-            lambda x, sigma: run(network, x, sigma, steps=cfg.steps, ensemble=cfg.ensemble).clean,
+            lambda x, sigma: denoise_pixels(network, x, sigma, steps=cfg.steps, ensemble=cfg.ensemble).clean,
         ),
     }
     for extra in extras_of(cfg):
@@ -213,8 +214,8 @@ def extras_of(cfg):
 
 
 def describe(level, given, strength):
-    """The noise level as a text: `sigma 18 (estimated; 16 to 21)`. given: on the 0-255 scale, or None."""
-    found = f"{given:g} (given)" if given else "{} (estimated; {} to {})".format(*map(in_grey_levels, level))
+    """The noise level as a text: `sigma 18 (estimated; 16 to 21)`. given: the one that was given, or None."""
+    found = f"{given:g} (given)" if given else "{} (estimated; {} to {})".format(*map(rounded, level))
     return f"sigma {found}" + (f", times {strength:g}" if strength != 1 else "")
 
 
@@ -227,20 +228,20 @@ def doubt(noisy, result, network, strength):
     end = 0.5 if trained.continuous_t else 1
     ends = [GREY_LEVELS * diffusion.sigma_of(t, trained.noise_steps) for t in (end, trained.noise_steps - end)]
     low, high = (level / result.gain for level in trained.sigma_range or ends)
-    if low / 2 <= GREY_LEVELS * assumed <= 1.1 * high:
+    if low / 2 <= assumed <= 1.1 * high:
         return None
     other = "give another --sigma"
-    if network.path.resolve() == checkpoint.PHOTO and GREY_LEVELS * assumed > high and not is_grey(noisy):
+    if network.path.resolve() == checkpoint.PHOTO and assumed > high and not is_grey(noisy):
         other = "use --weights model/unet32.pth, which knows stronger noise"
     return (
-        f"sigma {in_grey_levels(assumed)} is assumed, but the network was trained on {low:.1f} to {high:.1f}"
+        f"sigma {rounded(assumed)} is assumed, but the network was trained on {low:.1f} to {high:.1f}"
         f"{' (grey)' if result.gain > 1 else ''}; look at the result, or {other}"
     )
 
 
-def in_grey_levels(sigma):
-    """A noise level on the 0-255 scale, as text."""
-    return f"{GREY_LEVELS * sigma:.{0 if GREY_LEVELS * sigma >= 9.95 else 1}f}"
+def rounded(sigma):
+    """A noise level as text, of two digits or more."""
+    return f"{sigma:.{0 if sigma >= 9.95 else 1}f}"
 
 
 def main():

@@ -61,7 +61,7 @@ def denoise_steps(model, x_t, t, T, steps, sampler="euler"):
 
     sampler: one of SAMPLERS; one step of "euler" is `denoise`. Returns x0_hat, shaped like x_t.
     """
-    # The last is exactly 0: at a tiny positive t, for which no model is trained, heun would call it.
+    # The last is exactly 0: at a tiny positive t heun would call the model, which is not trained for such a level.
     ts = [t.float() * (1 - k / steps) for k in range(steps + 1)]
     return SAMPLERS[sampler](model, x_t, ts, T)
 

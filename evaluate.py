@@ -21,14 +21,12 @@ import config
 import data
 import denoise
 import diffusion
-import visualize
 from config import Setting, UserError, name_ending, whole
-from support import checkpoint, classical, device, figures, files, held_out, measure, metrics, script, streams, tables
+from support import checkpoint, classical, devices, figures, files, held_out, measure, metrics, script, streams, tables
 from support.datasets import folder
 from support.measure import LITERATURE, Job, network, noisy
 
-SETTINGS = data.SETTINGS | device.SETTINGS | {
-    "weights":   visualize.SETTINGS["weights"],
+SETTINGS = data.SETTINGS | checkpoint.SETTINGS | devices.SETTINGS | {
     "control":   Setting(None, config.file_name, "checkpoint of a second network to compare with; None: none"),
     "out_dir":   Setting("model", config.file_name, "folder of the run; the figure goes to its res/"),
     "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if one is larger than the crops"),
@@ -79,7 +77,7 @@ def evaluate_images(cfg, networks, knows_level, images):
 
 
 @torch.inference_mode()
-def evaluate_pictures(cfg, networks, knows_level, pictures, place, weights):
+def evaluate_pictures(cfg, networks, knows_level, pictures, device, weights):
     """The tables for whole pictures, see data.whole_pictures. weights: the network's, for denoise.py's estimate."""
     every = len(pictures)
     # Read before the long work: a training run may delete the file meanwhile.
@@ -90,15 +88,15 @@ def evaluate_pictures(cfg, networks, knows_level, pictures, place, weights):
             size = f"{classical.BLOCK}x{classical.BLOCK}"
             raise UserError(f"BM3D needs {size} pixels; leave smaller pictures or --baselines out")
         denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
-    records = measure.pictures(pictures, WHOLE_LEVELS, denoisers, place)
+    records = measure.pictures(pictures, WHOLE_LEVELS, denoisers, device)
     told = {f"{sigma}": (every, measure.told(network(*networks["network"]), sigma)) for sigma in TOLD}
     if denoiser:
 
         def blind(x_t, _):
-            return denoise.run(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(place)
+            return denoise.denoise_pixels(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(device)
 
         told["estimated, as by denoise.py"] = every, blind
-    clean = measure.pictures(pictures, (0,), told, place)
+    clean = measure.pictures(pictures, (0,), told, device)
     # The literature reports on CBSD68: 68 pictures of 481x321 or 321x481 pixels.
     cbsd68 = every == 68 and all(sorted(read().shape[1:]) == [321, 481] for read in pictures)
     return [*(tables.pictures(records, key, cbsd68) for key in metrics.METRICS), tables.clean(clean)]
@@ -144,7 +142,7 @@ def check_reports(cfg):
 
 
 def report(cfg, about, made):
-    """Write and print the tables: the files first, and the screen whatever becomes of them."""
+    """Write the report files, then print the tables, even if writing has failed."""
     lines = "\n".join(f"- {name}: {value}" for name, value in about.items() if value is not None)
     text = "\n\n".join([lines, *map(tables.as_text, made)]) + "\n"
     document = json.dumps(dict(provenance=about, tables=[*map(tables.as_data, made)]), indent=1)
@@ -161,37 +159,37 @@ def report(cfg, about, made):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    started, place = time.monotonic(), device.pick(cfg.device)
-    cfg = dataclasses.replace(cfg, device=str(place))  # so that a fallback is reported once
+    started, device = time.monotonic(), devices.pick(cfg.device)
+    cfg = dataclasses.replace(cfg, device=str(device))  # so that a fallback is reported once
     check_reports(cfg)
-    weights, model, trained, cfg = visualize.load_run(cfg)
+    weights, model, trained, cfg = checkpoint.load_run(cfg)
     networks = {"network": (model, trained.noise_steps)}
     if cfg.control:
-        control, trained_control = checkpoint.load_model(cfg.control, place)
+        control, trained_control = checkpoint.load_model(cfg.control, device)
         networks["control"] = control, trained_control.noise_steps
     pictures = held_out_pictures(cfg)
     if cfg.baselines is None:
         cfg = dataclasses.replace(cfg, baselines=0 if pictures else 100)
     images, source = held_out_images(cfg, pictures)
-    images = images.to(place)
+    images = images.to(device)
     figure = None if pictures else script.figure_path(cfg.out_dir, f"evaluation_{weights.stem}.png")
     print(f"data: {source}; weights: {weights}")
 
     shares = held_out.channels_in_use(trained, model, images) if len(images) else {}
-    precision, knows_level = device.pick_precision(cfg.precision, place), getattr(model, "knows_t", True)
+    precision, knows_level = devices.pick_precision(cfg.precision, device), getattr(model, "knows_t", True)
     adapt = measure.of_any_size if pictures else measure.in_precision
     networks = {name: (adapt(net, precision, cfg.ensemble), T) for name, (net, T) in networks.items()}
     if pictures:
-        made = evaluate_pictures(cfg, networks, knows_level, pictures, place, weights)
+        made = evaluate_pictures(cfg, networks, knows_level, pictures, device, weights)
     else:
         made, records = evaluate_images(cfg, networks, knows_level, images)
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
-    about |= dict(ensemble=cfg.ensemble, precision=str(precision).removeprefix("torch."), **device.describe(place))
+    about |= dict(ensemble=cfg.ensemble, precision=precision, **devices.describe(device))
     about |= dict(seconds=round(time.monotonic() - started, 1), measures=MEASURES)
     report(cfg, about, [*made, tables.channels(shares)] if shares else made)
     if figure:
         T = trained.noise_steps
-        figures.evaluation(figure, *tables.curves(records, cfg.subset, measure.shown_levels(T)))
+        figures.evaluation(figure, *tables.curves(records, cfg.subset, measure.levels_with_many_steps(T)))
         print(f"figure saved: {figure}")
 
 

@@ -13,7 +13,7 @@ import data
 import diffusion
 import unet
 from config import Setting, UserError, positive, whole
-from support import device, figures, script, streams
+from support import devices, figures, script, streams
 
 SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "t":          Setting(5, whole(), "time step of the noise, from 1 to T-1"),
@@ -22,7 +22,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "lr":         Setting(1e-3, positive, "learning rate at the start; it falls to 0 as the iterations run out"),
     "seed":       Setting(0, whole(0), "of the network's weights and the noise"),
     "out_dir":    Setting("model", config.file_name, "folder for the figure (in res/)"),
-    "device":     device.SETTINGS["device"],
+    "device":     devices.SETTINGS["device"],
 }  # fmt: skip
 
 
@@ -45,18 +45,18 @@ def overfit(model, x0, eps, t, T, iterations, target, lr):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    T, place = cfg.noise_steps, device.pick(cfg.device)
+    T, device = cfg.noise_steps, devices.pick(cfg.device)
     if cfg.t >= T:
         raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")
     network = unet.describe(cfg)
     path = script.figure_path(cfg.out_dir, "comparison_result_overfit.png")
     images, source = data.load("test", cfg)
     print(f"data: one of {source}")
-    x0 = data.scale(images[:1].to(place))
-    eps = torch.randn(x0.shape, generator=streams.generator("cpu", cfg.seed, streams.NOISE, 0)).to(place)
-    t = torch.tensor([cfg.t], device=place)
+    x0 = data.scale(images[:1].to(device))
+    eps = torch.randn(x0.shape, generator=streams.generator("cpu", cfg.seed, streams.NOISE, 0)).to(device)
+    t = torch.tensor([cfg.t], device=device)
     torch.manual_seed(cfg.seed)
-    model = unet.build(**network).to(place, memory_format=device.memory_format(place))
+    model = unet.build(**network).to(device, memory_format=devices.memory_format(device))
     loss = overfit(model, x0, eps, t, T, cfg.iterations, cfg.target, cfg.lr)
     x_t = diffusion.add_noise(x0, eps, t, T)
     shown = {"original": x0, f"noisy, t = {cfg.t}": x_t, "denoised": diffusion.denoise(model, x_t, t, T).detach()}

@@ -11,7 +11,6 @@ of its own: --out-dir.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import shlex
@@ -24,7 +23,7 @@ import data
 import diffusion
 import unet
 from config import Setting, UserError, real, whole
-from support import channels, checkpoint, device, memory, muon, real_noise, script, streams
+from support import channels, checkpoint, devices, memory, muon, real_noise, script, streams, widen
 from support.held_out import channels_in_use, held_out_loss
 from support.loggers import LOGGERS
 from support.run import Run, begin, load_images
@@ -41,12 +40,13 @@ PRESETS = {
                         batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
 }  # fmt: skip
 
+INIT = "checkpoint whose weights to start from, of a network as wide or narrower; none: random ones"
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
 RECYCLE = "how many of the first epochs begin with new kernels for channels not in use"
 SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
     # the optimization
-    "preset":              Setting("default", tuple(PRESETS), "recipe: other defaults"),
-    "init":                Setting(None, config.file_name, "checkpoint whose weights to start from; none: random ones"),
+    "preset":              Setting("default", tuple(PRESETS), "the recipe whose defaults to use"),
+    "init":                Setting(None, config.file_name, INIT),
     "optimizer":           Setting("muon", ("muon", "adamw"), "Muon for the matrices and AdamW for the rest; or AdamW"),
     "epochs":              Setting(10, whole(), "passes over the training images; the schedule spans them"),
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
@@ -60,8 +60,8 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
     "augment":             Setting(False, bool, "mirror and rotate: all eight orientations, in place of flip"),
     # the run
     "seed":                Setting(0, whole(0), "every random number of a run follows from it"),
-    **device.SETTINGS,
-    "compile":             Setting(None, bool, "compile the network, a minute, record CUDA graphs; None: on CUDA only"),
+    **devices.SETTINGS,
+    "compile":             Setting(None, bool, "compile the network (a minute) and record CUDA graphs; None: on CUDA"),
     "out_dir":             Setting("model", config.file_name, "folder for checkpoints, log.csv and figures (in res/)"),
     "save_model_epochs":   Setting(1, whole(), "epochs between checkpoints; the last is always saved"),
     "save_every_steps":    Setting(None, whole(), "save inside an epoch too, every so many updates; None: never"),
@@ -85,12 +85,12 @@ def train(cfg, world, model, optimizer, x_train, x_test, run):
                 t, eps = real_noise.compress(x0, t, eps, qualities, cfg.noise_steps)
             if run.recycling_is_due():
                 recycle(cfg, world, model, optimizer, x0, eps, t, run)
-            with device.autocast(world.device, getattr(torch, cfg.precision)):
+            with devices.autocast(world.device, cfg.precision):
                 loss = diffusion.noise_loss(net, x0, eps, t, cfg.noise_steps)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.after_step(loss)  # counts it, moves the bar, saves when due, raises Stopped after a signal
+            run.after_step(loss)  # counts it, shows the loss, saves when due, raises Stopped after a signal
         test_loss = held_out_loss(cfg, world, model, x_test, run.signals.check)
         run.after_epoch(test_loss, channels_in_use(cfg, model, x_test))
 
@@ -121,10 +121,22 @@ def set_lr(optimizer, lr):
 
 
 def make_optimizer(cfg, model):
-    kind = torch.optim.AdamW
+    options = dict(lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     if cfg.optimizer == "muon":
-        kind = functools.partial(muon.Muon, record=cfg.compile is not False)
-    return kind(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+        return muon.Muon(model.parameters(), record=cfg.compile is not False, **options)
+    return torch.optim.AdamW(model.parameters(), **options)
+
+
+def start_from(path, model, world):
+    """Give the network the weights of a checkpoint, which may be of a narrower one. Raises UserError."""
+    if not os.path.exists(path):
+        raise UserError(f"--init {path}: there is no such file here; name another, or --init none")
+    state = checkpoint.load(path)
+    count = sum(weight.numel() for weight in state["model"].values())
+    if type(model) is unet.UNet:
+        state["model"] = widen.widened(state["model"], model)
+    checkpoint.load_weights(model, state, path, "use another one, or --init none")
+    world.say(f"weights: {path}, {count:,} parameters")
 
 
 def check_settings(cfg):
@@ -148,16 +160,14 @@ def main():
     cfg, saved, folder = begin(config.parse(__doc__, SETTINGS, PRESETS), SETTINGS)
     check_settings(cfg)
     world = join(cfg.device, cfg.batch_size)
-    precision = str(device.pick_precision(cfg.precision, world.device)).removeprefix("torch.")
+    precision = devices.pick_precision(cfg.precision, world.device)
     # Rank 0's answer for all: a download can fail on one machine and not on another.
     dataset = world.agree(data.resolve(cfg).dataset if world.main else None)
     cfg = data.resolve(dataclasses.replace(cfg, dataset=dataset, precision=precision))
     torch.manual_seed(cfg.seed)
-    model = unet.build(**unet.describe(cfg)).to(world.device, memory_format=device.memory_format(world.device))
+    model = unet.build(**unet.describe(cfg)).to(world.device, memory_format=devices.memory_format(world.device))
     if cfg.init and not saved:
-        if not os.path.exists(cfg.init):
-            raise UserError(f"--init {cfg.init}: there is no such file here; name another, or --init none")
-        checkpoint.load_weights(model, checkpoint.load(cfg.init), cfg.init, "use another one, or --init none")
+        start_from(cfg.init, model, world)
     optimizer = make_optimizer(cfg, model)
     images = load_images(cfg, world)
     world.say(f"data: {images.about['source']}; {images.about['test_source']}")

@@ -112,7 +112,10 @@ class PlainUNet(nn.Module):
         self.final = nn.Conv2d(w1, image_channels, 1)
 
     def forward(self, x, t=None):
-        """x: noisy images (B, C, H, W), H and W multiples of 4. Returns the predicted noise, (B, C, H, W)."""
+        """x: noisy images (B, C, H, W), H and W multiples of 4; t: ignored. Returns the predicted noise, (B, C, H, W).
+
+        Raises ValueError for any other H or W.
+        """
         check_size(x)
         e1 = self.enc1(x)  # (B, 64, H, W)
         e2 = self.enc2(self.pool1(e1))  # (B, 128, H/2, W/2)

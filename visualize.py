@@ -9,39 +9,21 @@ Writes comparison_result_{checkpoint}.png, steps_{checkpoint}.png or curves.png 
 """
 
 import csv
-import dataclasses
 from pathlib import Path
 
 import config
 import data
 from config import Setting, UserError, whole
-from support import checkpoint, device, figures, script
+from support import checkpoint, devices, figures, script
 
-SETTINGS = data.SETTINGS | {
-    "weights": Setting(None, config.file_name, "checkpoint; None: the newest of out_dir, else the weights provided"),
+SETTINGS = data.SETTINGS | checkpoint.SETTINGS | {
     "out_dir": Setting("model", config.file_name, "folder of the run; figures go to its res/"),
     "images":  Setting(6, whole(1, 40), "test images in the figure"),
     "strip":   Setting(False, bool, "draw 1, 2, 3 and t denoising steps (at most 50) from noise level t, not the grid"),
     "t":       Setting(None, whole(), "time step of the noise in the strip, from 1 to T-1; None: T / 2"),
     "curves":  Setting(False, bool, "draw the loss curves of log.csv in out_dir, not the grid"),
-    "device":  device.SETTINGS["device"],
+    "device":  devices.SETTINGS["device"],
 }  # fmt: skip
-
-
-def load_run(cfg):
-    """What --weights names: (path, network, the config it was trained with, cfg).
-
-    In the cfg returned, the data settings that were not typed are those the network was trained with, and the figures'
-    folder is that of the weights. Raises CheckpointError.
-    """
-    weights = checkpoint.choose(cfg.weights, cfg.out_dir)
-    model, trained = checkpoint.load_model(weights, device.pick(cfg.device))
-    values = {name: getattr(trained, name) for name in data.SETTINGS.keys() - cfg.given - {"limit"}}
-    if cfg.dataset not in ("auto", trained.dataset):
-        values.pop("data_dir", None)  # that of other images
-    if "out_dir" not in cfg.given:
-        values["out_dir"] = str(weights.parent)
-    return weights, model, trained, dataclasses.replace(cfg, **values)
 
 
 def check_choice(cfg):
@@ -73,7 +55,7 @@ def draw_curves(out_dir):
 
 def draw_images(cfg):
     """Draw the grid or the strip; returns the figure's path. Raises UserError."""
-    weights, model, trained, cfg = load_run(cfg)
+    weights, model, trained, cfg = checkpoint.load_run(cfg)
     T = trained.noise_steps
     level = cfg.t or T // 2
     if level >= T:

@@ -15,7 +15,7 @@ import data
 import train
 import unet
 from config import REQUIRED, Setting, UserError, name_ending, parse
-from support import checkpoint, device, entries, files, script
+from support import checkpoint, devices, entries, files, script
 from support.held_out import held_out_loss
 from support.world import World
 
@@ -26,7 +26,7 @@ SETTINGS = {
     "command": Setting(None, config.file_name, "the command that trained them; None: as their settings say"),
     "dataset": Setting("auto", data.SETTINGS["dataset"].kind, "held-out images to measure on; auto: those of the run"),
     "data_dir": Setting(None, config.file_name, "folder of these images; None: that of the run"),
-    "device": device.SETTINGS["device"],
+    "device": devices.SETTINGS["device"],
 }
 MOST = 0.0002  # of loss that float16 may cost
 WHERE_THE_IMAGES_ARE = {"dataset", "data_dir"}
@@ -38,7 +38,7 @@ def command(saved):
     usual |= train.PRESETS.get(saved.get("preset"), {})
     flags = [] if saved.get("preset", "default") == "default" else ["--preset", saved["preset"]]
     for name, value in saved.items():
-        value = entries.as_tuple(value)
+        value = config.as_tuple(value)
         if name not in usual or name == "data_dir" or value == usual[name]:
             continue
         flag = config.flag_of(name)
@@ -54,14 +54,14 @@ def halved(weights):
     return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
 
 
-def losses(state, path, cfg, images, where):
+def losses(state, path, cfg, images, device):
     """The held-out loss with the weights as they are and in float16: two numbers."""
-    world, found = World(where), []
+    world, found = World(device), []
     for weights in (state["model"], halved(state["model"])):
         model = unet.build(**entries.network_of(state))
         checkpoint.load_weights(model, state | {"model": weights}, path)
-        model.to(where, memory_format=device.memory_format(where))
-        found.append(held_out_loss(cfg, world, model, images.to(where)))
+        model.to(device, memory_format=devices.memory_format(device))
+        found.append(held_out_loss(cfg, world, model, images.to(device)))
     return found
 
 
@@ -80,9 +80,9 @@ def main():
         data_dir=cfg.data_dir or trained.data_dir,
         precision="float32",
     )
-    where = device.pick(cfg.device)
+    device = devices.pick(cfg.device)
     images, source = data.load("test", measured)
-    full, half = losses(state, path, measured, images, where)
+    full, half = losses(state, path, measured, images, device)
     print(f"held-out loss on {source}: {full:.5f} with float32 weights, {half:.5f} with float16")
     if not abs(half - full) < MOST:
         raise UserError("float16 costs too much here; the weights are not exported")
@@ -94,7 +94,7 @@ def main():
         seed=saved["seed"],
         held_out_loss=half,
         data=state["data"]["source"],
-    ) | state.get("hardware", device.describe(where))
+    ) | state.get("hardware", devices.describe(device))
     # The images are looked for anew wherever the file is used.
     saved = saved | {name: data.SETTINGS[name].default for name in WHERE_THE_IMAGES_ARE}
     parts = {"network": state["network"]} if "network" in state else {}

@@ -11,7 +11,6 @@ import numpy as np
 import config
 import data
 from config import UserError
-from diffusion import GREY_LEVELS
 from support import noise_level, script
 from support.real_noise import through_jpeg
 
@@ -137,7 +136,7 @@ def row(kind, pictures):
         for seed, read in enumerate(pictures):
             clean = read().numpy()
             noisy = degrade(kind, clean, sigma, seed)
-            found = GREY_LEVELS * noise_level.estimate(noisy).sigma
+            found = noise_level.estimate(noisy).sigma
             ratios.append(found / true_sigma(clean, noisy))
         right = np.mean(np.abs(np.array(ratios) - 1) < 0.15)
         cells.append(f"{right:.0%} ({np.median(ratios):.2f})")
@@ -151,7 +150,7 @@ def main():
     print("|---" + "|---" * len(LEVELS) + "|")
     for kind in KINDS:
         print(row(kind, pictures), flush=True)
-    clean = [GREY_LEVELS * noise_level.estimate(read().numpy()).sigma for read in pictures]
+    clean = [noise_level.estimate(read().numpy()).sigma for read in pictures]
     print(f"no noise added: at most 2 for {np.mean(np.array(clean) <= 2):.0%}, median {np.median(clean):.1f}, ", end="")
     print(f"highest {max(clean):.1f}")
 

@@ -13,9 +13,9 @@ import data
 import denoise
 from benchmarks.noise_level import KINDS, OF_COLOURS, degrade
 from config import Setting
-from support import device, metrics, pixels, script
+from support import devices, metrics, pixels, script
 
-SETTINGS = data.SETTINGS | device.SETTINGS | {
+SETTINGS = data.SETTINGS | devices.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
     "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.file_name, "checkpoints to compare", "+"),
     "grey": Setting(False, bool, "make the pictures grey first: one channel, and no noise that is about colours"),
@@ -36,7 +36,7 @@ def main():
         values = []
         for seed, clean in enumerate(pictures):
             noisy = clean.new_tensor(degrade(kind, clean.numpy(), SIGMA, seed))
-            results = [noisy] + [denoise.run(network, noisy).clean for network in networks]
+            results = [noisy] + [denoise.denoise_pixels(network, noisy).clean for network in networks]
             values.append([metrics.psnr(*(pixels.to_x(x)[None] for x in (result, clean))).item() for result in results])
         print(f"| {kind} |" + "".join(f" {mean:.2f} |" for mean in np.mean(values, axis=0)), flush=True)
 

@@ -24,13 +24,13 @@ import diffusion
 import train
 import unet
 from config import Setting, whole
-from support import device, script, streams
+from support import devices, script, streams
 
 DATA = {name: data.SETTINGS[name] for name in ("dataset", "data_dir", "limit")}  # of every benchmark
 RECIPE = config.defaults(train.SETTINGS, **train.PRESETS["reference"])
 SETTINGS = DATA | {
     "epochs": Setting(RECIPE.epochs, whole(), "passes over the training images; the schedule spans them"),
-    "device": device.SETTINGS["device"],
+    "device": devices.SETTINGS["device"],
 }
 
 
@@ -55,15 +55,15 @@ class Images(torch.utils.data.Dataset):
 
 def training(model, images, cfg=RECIPE):
     """Train `model`, wherever it is, on uint8 images (N, 3, H, W) of the CPU. Yields the loss after every update."""
-    place = next(model.parameters()).device
+    device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.epochs)
     dataset, step = Images(images), 0
     for epoch in range(cfg.epochs):
         order = torch.randperm(len(images), generator=streams.generator("cpu", cfg.seed, streams.ORDER, epoch)).tolist()
         for x0 in torch.utils.data.DataLoader(dataset, cfg.batch_size, sampler=order, drop_last=True):
-            t, eps = data.draw_noise(x0.shape, cfg, place, step)
-            loss = diffusion.noise_loss(model, x0.to(place), eps, t, cfg.noise_steps)
+            t, eps = data.draw_noise(x0.shape, cfg, device, step)
+            loss = diffusion.noise_loss(model, x0.to(device), eps, t, cfg.noise_steps)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -80,7 +80,7 @@ def main():
         raise config.UserError(f"{len(images)} training images do not fill a batch of {RECIPE.batch_size}")
     print(f"data: {source}")
     torch.manual_seed(RECIPE.seed)
-    losses = training(unet.UNet().to(device.pick(cfg.device)), images, dataclasses.replace(RECIPE, epochs=cfg.epochs))
+    losses = training(unet.UNet().to(devices.pick(cfg.device)), images, dataclasses.replace(RECIPE, epochs=cfg.epochs))
     for epoch in range(cfg.epochs):
         started = time.perf_counter()
         name = f"epoch {epoch + 1}/{cfg.epochs}"

@@ -13,10 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from statistics import median
 
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
@@ -24,12 +24,12 @@ import data
 import unet
 from benchmarks import reference
 from config import Setting, UserError, whole
-from support import device, files, pictures, script
+from support import devices, files, pictures, script
 
 SETTINGS = reference.DATA | {
     "limit": Setting(None, whole(64), "training images of a round; None: 3,200 on the CPU, else 50,000"),
     "rounds": Setting(5, whole(), "measurements of each recipe"),
-    "device": device.SETTINGS["device"],
+    "device": devices.SETTINGS["device"],
     "out_dir": Setting("model", config.file_name, "folder for the numbers (in res/)"),
 }
 # A round of a recipe: what is run, and the part of the images that it gets, so that all take about as long. Nothing is
@@ -70,53 +70,46 @@ def flops(model, backward):
     return counter.get_total_flops()
 
 
-def calls_a_second(f, place, seconds=2.0):
-    """Calls of f() a second, over at least `seconds` and after one call that does not count."""
-    synchronize = torch.get_device_module(place).synchronize
-    f()
-    synchronize()
-    started, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - started < seconds:
-        f()
-        synchronize()
-        calls += 1
-    return calls / (time.perf_counter() - started)
+def calls_a_second(f, seconds=2.0):
+    """Calls of f() a second, over at least `seconds`, after some that do not count."""
+    timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+    return 1 / timer.blocked_autorange(min_run_time=seconds).mean
 
 
-def matrix_rate(precision, place):
+def matrix_rate(precision, device):
     """FLOP/s of large square matrix products: the practical limit of convolutions."""
-    n = 2048 if place.type == "cpu" else 8192
-    a = torch.randn(n, n, dtype=precision, device=place)
-    return 2 * n**3 * calls_a_second(lambda: a @ a, place)
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, dtype=getattr(torch, precision), device=device)
+    return 2 * n**3 * calls_a_second(lambda: a @ a)
 
 
 @torch.inference_mode()
-def inference_rate(precision, place):
+def inference_rate(precision, device):
     """Images a second through the network in evaluation mode."""
-    batch_size = 250 if place.type == "cpu" else 2000
-    model = unet.UNet().to(place, memory_format=device.memory_format(place)).eval()
-    x = data.scale(torch.zeros(batch_size, 3, pictures.SIZE, pictures.SIZE, device=place))
-    t = torch.ones(batch_size, device=place)
-    with device.autocast(place, precision):
-        return batch_size * calls_a_second(lambda: model(x, t), place)
+    batch_size = 250 if device.type == "cpu" else 2000
+    model = unet.UNet().to(device, memory_format=devices.memory_format(device)).eval()
+    x = data.scale(torch.zeros(batch_size, 3, pictures.SIZE, pictures.SIZE, device=device))
+    t = torch.ones(batch_size, device=device)
+    with devices.autocast(device, precision):
+        return batch_size * calls_a_second(lambda: model(x, t))
 
 
-def measure(recipe, cfg, limit, place):
+def measure(recipe, cfg, limit, device):
     """One round of a recipe: {quantity: number}, quantities as the table names them."""
-    precision = torch.float32 if recipe == "reference" else device.pick_precision("auto", place)
+    precision = "float32" if recipe == "reference" else devices.pick_precision("auto", device)
     command, share = RECIPES[recipe]
-    flags = ("--dataset", cfg.dataset, "--data-dir", cfg.data_dir, "--device", place, "--limit", round(share * limit))
+    flags = ("--dataset", cfg.dataset, "--data-dir", cfg.data_dir, "--device", device, "--limit", round(share * limit))
     with tempfile.TemporaryDirectory() as folder:
         where = ("--out-dir", folder) if command[0] == "train" else ()
         images_per_second, memory, gpu_memory = train_and_measure(*command, *flags, *where)
-    rate, inference, model = matrix_rate(precision, place), inference_rate(precision, place), unet.UNet()
+    rate, inference, model = matrix_rate(precision, device), inference_rate(precision, device), unet.UNet()
     return {
         "training, images/s": images_per_second,
         "training, share of the matrix rate": images_per_second * flops(model, backward=True) / rate,
         "inference, images/s": inference,
         "inference, share of the matrix rate": inference * flops(model, backward=False) / rate,
         "matrix rate, GFLOP/s": rate / 1e9,
-        "precision, bits": torch.finfo(precision).bits,
+        "precision, bits": torch.finfo(getattr(torch, precision)).bits,
         "peak memory of training, GB": memory / 1e9,
         "peak memory on the GPU, GB": gpu_memory / 1e9,
     }
@@ -124,15 +117,15 @@ def measure(recipe, cfg, limit, place):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    place = device.pick(cfg.device)
+    device = devices.pick(cfg.device)
     path = script.figure_path(cfg.out_dir, "speed.json")
     cfg = dataclasses.replace(cfg, dataset=data.resolve(reference.settings_of(cfg)).dataset)
     data.load("train", reference.settings_of(cfg))  # downloaded or made before the rounds
-    limit = cfg.limit or (3200 if place.type == "cpu" else 50_000)
+    limit = cfg.limit or (3200 if device.type == "cpu" else 50_000)
     rounds = {recipe: [] for recipe in RECIPES}
     for i in range(cfg.rounds):
         for recipe, rows in rounds.items():
-            rows.append(measure(recipe, cfg, limit, place))
+            rows.append(measure(recipe, cfg, limit, device))
             print(f"round {i + 1}/{cfg.rounds}, {recipe}: {rows[-1]['training, images/s']:.1f} images/s", flush=True)
     medians = {recipe: {key: median(row[key] for row in rows) for key in rows[0]} for recipe, rows in rounds.items()}
     print(f"\n{'':36}" + "".join(f"{recipe:>12}" for recipe in RECIPES))
@@ -141,8 +134,8 @@ def main():
     adamw, muon, textbook = (medians[recipe]["training, images/s"] for recipe in RECIPES)
     ratios = {"AdamW / reference": adamw / textbook, "Muon / AdamW": muon / adamw}
     print("\ntraining:", ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
-    print(", ".join(f"{name} {value}" for name, value in device.describe(place).items()))
-    result = dict(medians=medians, ratios=ratios, rounds=rounds, machine=device.describe(place))
+    print(", ".join(f"{name} {value}" for name, value in devices.describe(device).items()))
+    result = dict(medians=medians, ratios=ratios, rounds=rounds, machine=devices.describe(device))
     files.write_text(path, json.dumps(result, indent=1))
     print(f"saved: {path}")
 

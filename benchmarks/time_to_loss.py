@@ -26,14 +26,14 @@ import train
 import unet
 from benchmarks import reference, timed
 from config import Setting, UserError, positive
-from support import device, figures, files, memory, script
+from support import devices, figures, files, memory, script
 from support.world import World, join
 
 SETTINGS = reference.DATA | {
     "limit": data.SETTINGS["limit"]._replace(help="use at most this many test images; None: all"),
     "minutes": Setting(10.0, positive, "minutes that the reference trains"),
     "contenders": Setting(None, config.file_name, "Python file of more contenders; None: train.py's two optimizers"),
-    "device": device.SETTINGS["device"],
+    "device": devices.SETTINGS["device"],
     "out_dir": Setting("model", config.file_name, "folder for the figure and the numbers (in res/)"),
 }
 # A short training bears a higher rate than the default, which is made for ten epochs.
@@ -117,7 +117,7 @@ def main():
     cfg = config.parse(__doc__, SETTINGS)
     contenders = contenders_of(cfg.contenders)
     path = script.figure_path(cfg.out_dir, "time_to_loss.png")
-    world = World(device.pick(cfg.device))
+    world = World(devices.pick(cfg.device))
     x_train, source = data.load("train", reference.settings_of(cfg, limit=None))
     x_test, test_source = data.load("test", reference.settings_of(cfg))
     print(f"data: {source}; {test_source}")
@@ -134,7 +134,7 @@ def main():
     curves, ratios = {}, {}  # a ratio of 0: the loss was not reached
     for name, (factory, settings) in contenders.items():
         print(f"{name}:")
-        precision = str(device.pick_precision(settings.get("precision", "auto"), world.device)).removeprefix("torch.")
+        precision = devices.pick_precision(settings.get("precision", "auto"), world.device)
         settings = settings | dict(precision=precision, epochs=1)  # the schedule spans all steps, as one epoch
         race = x_train, x_test, world, seconds, target
         curves[name] = run_contender(factory, reference.settings_of(cfg, **settings), *race)
@@ -144,9 +144,9 @@ def main():
         print(f"{name}:", f"{seconds / ratio:.0f} s, {ratio:.1f} times as fast" if ratio else "not in that time")
     draw(path, textbook, curves)
     result = dict(reference=textbook, contenders=curves, ratios=ratios, source=source)
-    result = json.dumps(result | dict(machine=device.describe(world.device)), indent=1)
+    result = json.dumps(result | dict(machine=devices.describe(world.device)), indent=1)
     files.write_text(path.with_suffix(".json"), result)
-    print(", ".join(f"{name} {value}" for name, value in device.describe(world.device).items()))
+    print(", ".join(f"{name} {value}" for name, value in devices.describe(world.device).items()))
     print(f"saved: {path}, {path.with_suffix('.json')}")
 
 

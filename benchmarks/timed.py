@@ -12,7 +12,7 @@ import data
 import train
 import unet
 from benchmarks import reference
-from support import device, held_out
+from support import devices, held_out
 from support.world import Signals
 
 
@@ -62,7 +62,7 @@ class TimedRun:
 def train_for(steps, factory, cfg, x_train, x_test, world):
     """(seconds, held-out loss) of train.py's training of a new network over so many updates."""
     torch.manual_seed(cfg.seed)
-    model = factory().to(world.device, memory_format=device.memory_format(world.device))
+    model = factory().to(world.device, memory_format=devices.memory_format(world.device))
     run = TimedRun(cfg, steps, world)
     train.train(cfg, world, model, train.make_optimizer(cfg, model), x_train, x_test, run)
     return run.seconds, run.log[0]

@@ -48,6 +48,10 @@ def recycle(model, optimizer, x_t, t, random):
 
 
 def recycle_block(model, block, optimizer, x_t, t, random):
+    """Recycle the closed channels of one block; returns how many there were.
+
+    The bias centres what a new kernel gives, so that the ReLU is open in part of all places.
+    """
     found = outputs(model, (block.conv2, block.shortcut), x_t, t)
     h, shortcut = found[block.conv2], found[block.shortcut]
     off = (~is_open(h)).nonzero().flatten()
@@ -57,7 +61,8 @@ def recycle_block(model, block, optimizer, x_t, t, random):
     weight[off] = torch.randn(weight[off].shape, generator=random).to(weight)
     h = outputs(model, (block.conv2,), x_t, t)[block.conv2]
     h = h[:, off] - bias[off, None, None]
-    mean, opened = h.mean(dim=(0, 2, 3)), torch.relu(h - h.mean(dim=(0, 2, 3), keepdim=True))
+    mean = h.mean(dim=(0, 2, 3))
+    opened = torch.relu(h - mean[:, None, None])
     scale = STRENGTH * shortcut[:, off].std(dim=(0, 2, 3)) / opened.std(dim=(0, 2, 3))
     scale = scale.nan_to_num(0, 0, 0)  # what is the same everywhere stays off
     weight[off] *= scale[:, None, None, None]

@@ -8,6 +8,7 @@ A file from anywhere gives either a sound dict or a CheckpointError, and takes n
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import math
@@ -25,9 +26,9 @@ import torch
 import config
 import data
 import unet
-from config import UserError
+from config import Setting, UserError
 from support import entries, files, memory
-from support.device import memory_format
+from support.devices import memory_format, pick
 
 try:
     import fcntl
@@ -43,6 +44,8 @@ GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 GLOBALS |= {"torch FloatStorage", "torch HalfStorage", "torch LongStorage"}
 KNOWN = unet.SETTINGS | data.SETTINGS | data.NOISE  # the settings by which a network is built, fed and used
 DEEPEST = 10  # levels of dicts and lists inside one another
+WEIGHTS = "checkpoint; None: the newest of out_dir, else the weights provided"
+SETTINGS = {"weights": Setting(None, config.file_name, WEIGHTS)}
 
 
 class CheckpointError(UserError):
@@ -239,9 +242,27 @@ def load_model(path, device):
         entries.check_weights(state["model"], model.state_dict())
         weights = {name: state["model"][name].to(like.dtype) for name, like in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)
-        saved = {name: entries.as_tuple(value) for name, value in state["config"].items()}
+        saved = {name: config.as_tuple(value) for name, value in state["config"].items()}
         trained = config.defaults(KNOWN, **saved)
     return model.to(device, memory_format=memory_format(device)).eval(), trained
+
+
+def load_run(cfg):
+    """What --weights names: (path, network, the config it was trained with, cfg).
+
+    In the cfg returned, the data settings that were not typed are those the network was trained with, and the figures'
+    folder is that of the weights. Raises CheckpointError.
+    """
+    if cfg.weights is None and "out_dir" in cfg.given and not os.path.isdir(cfg.out_dir):
+        raise NoCheckpointError(f"there is no folder {cfg.out_dir}; name that of a run, or its --weights too")
+    weights = choose(cfg.weights, cfg.out_dir)
+    model, trained = load_model(weights, pick(cfg.device))
+    values = {name: getattr(trained, name) for name in data.SETTINGS.keys() - cfg.given - {"limit"}}
+    if cfg.dataset not in ("auto", trained.dataset):
+        values.pop("data_dir", None)  # that of other images
+    if "out_dir" not in cfg.given:
+        values["out_dir"] = str(weights.parent)
+    return weights, model, trained, dataclasses.replace(cfg, **values)
 
 
 def load_weights(model, state, path, remedy="use another one"):
@@ -287,15 +308,15 @@ def make_moments(optimizer):
 
 @contextlib.contextmanager
 def errors_naming(path, remedy="use another one"):
-    """Turn a wrong entry, or a lack of memory (no fault of the file), into a CheckpointError that names the file."""
+    """Turn a wrong entry, or running out of memory (not the file's fault), into a CheckpointError naming the file."""
     try:
         yield
     except entries.Wrong as error:
         raise CheckpointError(f"{path} cannot be used: {error}; {remedy}") from None
     except (MemoryError, RuntimeError) as error:
-        if not (lack := memory.lack(error)):
+        if not (problem := memory.out_of_memory(error)):
             raise
-        raise CheckpointError(f"{lack} to load {path}; end other programs or use a larger machine") from None
+        raise CheckpointError(f"{problem} to load {path}; end other programs or use a larger machine") from None
 
 
 # ---- a file that may hold anything -------------------------------------------------------------------------------
@@ -327,7 +348,7 @@ def read(path):
     except CheckpointError:
         raise
     except Exception as error:  # a dozen kinds, by where the damage lies
-        if memory.lack(error):
+        if memory.out_of_memory(error):
             raise
         raise DamagedError(f"{path} is damaged, or is not a checkpoint, or holds code; use another one") from None
 

@@ -9,7 +9,7 @@ from support.streams import CROPS, generator
 
 @dataclasses.dataclass
 class Crops:
-    """`each` crops of every picture, others every epoch."""
+    """`each` crops of every picture, new ones every epoch."""
 
     pixels: torch.Tensor  # uint8, those of all pictures (3, H, W), flat: one tensor is fast to index on a GPU
     shapes: torch.Tensor  # (pictures, 2): H, W

@@ -79,7 +79,7 @@ def check_network(state):
         must(fits, f"network[{name!r}]", "in its range")
     for name in saved.keys() & parameters.keys() if "network" in state else ():
         value = network.get(name, parameters[name].default)
-        must(as_tuple(value) == as_tuple(saved[name]), f"network[{name!r}]", f"config[{name!r}]")
+        must(config.as_tuple(value) == config.as_tuple(saved[name]), f"network[{name!r}]", f"config[{name!r}]")
 
 
 def check_log(state):
@@ -146,7 +146,3 @@ def is_finite(value, dtype=None, shape=None):
 
 def same_keys(value, other):
     return isinstance(value, dict) and value.keys() == other.keys()
-
-
-def as_tuple(value):
-    return tuple(value) if isinstance(value, list) else value

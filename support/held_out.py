@@ -6,7 +6,7 @@ import torch
 
 import data
 import diffusion
-from support import channels, device
+from support import channels, devices
 from support.pictures import SIZE
 from support.run import progress_bar
 
@@ -28,7 +28,7 @@ def held_out_loss(cfg, world, model, images, check=lambda: None):
         i = start + world.rank * data.TEST_BATCH
         if i < len(images):
             x0, t, eps = held_out_batch(cfg, images, i)
-            with device.autocast(world.device, getattr(torch, cfg.precision)):
+            with devices.autocast(world.device, cfg.precision):
                 # .forward: uncompiled, as compiling for this batch is not worth it.
                 total += len(x0) * diffusion.noise_loss(in_parts(model.forward), x0, eps, t, cfg.noise_steps)
         check()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import data
 import diffusion
 from diffusion import GREY_LEVELS
-from support import device, figures, metrics, sheets, streams, tiles
+from support import devices, figures, metrics, sheets, streams, tiles
 from support.held_out import in_parts
 from support.metrics import METRICS
 
@@ -67,15 +67,15 @@ def levels_of(T):
     return sorted(integers | {diffusion.t_of(sigma / GREY_LEVELS, T) for sigma in LITERATURE})
 
 
-def shown_levels(T):
+def levels_with_many_steps(T):
     """The levels of levels_of(T) at which many numbers of steps are tried: the nearest to those that figures show."""
     return sorted({min(levels_of(T), key=lambda t: abs(t - shown)) for shown in figures.shown_levels(T)})
 
 
 def step_counts(t, T, last):
-    """The numbers of steps to try from level t, besides 1: the last, and at shown_levels others too."""
+    """The numbers of steps to try from level t, besides 1: the last, and at levels_with_many_steps others too."""
     last = last or min(math.ceil(t), figures.MOST_STEPS)
-    return sorted(({k for k in STEPS if k < last and t in shown_levels(T)} | {last}) - {1})
+    return sorted(({k for k in STEPS if k < last and t in levels_with_many_steps(T)} | {last}) - {1})
 
 
 # ---- denoisers --------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def in_precision(model, precision, ensemble=1):
     average = diffusion.self_ensemble(in_parts(model), ensemble)
 
     def eps_hat(x, t):
-        with device.autocast(x.device, precision):
+        with devices.autocast(x.device, precision):
             return average(x, t)
 
     return eps_hat
@@ -195,16 +195,16 @@ def middles(pictures, size, count):
     return torch.stack(large) if large else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
-def pictures(pictures, sigmas, denoisers, place):
+def pictures(pictures, sigmas, denoisers, device):
     """Records of METRICS for whole pictures of any sizes, of which one at a time is in memory.
 
     pictures: functions read() -> uint8 (3, H, W). sigmas: 0-255 scale. denoisers: {method: (number of pictures to give
-    it, estimate)}. place: the device. As in the literature the noise is not rounded, nor x_t clipped.
+    it, estimate)}. As in the literature the noise is not rounded, nor x_t clipped.
     """
     parts = {key: [] for key in itertools.product(denoisers, sigmas)}
     for i, read in enumerate(tqdm(pictures, "whole pictures", delay=2, leave=False)):
-        x0 = data.scale(read()[None].to(place))
-        eps = torch.randn(x0.shape, generator=streams.generator("cpu", 0, streams.HELD_OUT_NOISE, i)).to(place)
+        x0 = data.scale(read()[None].to(device))
+        eps = torch.randn(x0.shape, generator=streams.generator("cpu", 0, streams.HELD_OUT_NOISE, i)).to(device)
         for method, sigma in parts:
             count, estimate = denoisers[method]
             if i < count:

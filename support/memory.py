@@ -1,12 +1,12 @@
-"""Memory: what a training step frees is kept for the next step, and a lack of it is reported in words."""
+"""Memory: what a training step frees is kept for the next step, and running out of it is reported in words."""
 
 import ctypes
 import platform
 import re
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# What PyTorch says of it in a plain RuntimeError: its allocators, oneDNN, and CUDA and its libraries.
-LACK = (
+# What PyTorch says then in a plain RuntimeError: its allocators, oneDNN, and CUDA and its libraries.
+OUT_OF_MEMORY = (
     "DefaultCPUAllocator|MPS backend out of memory|could not create a (primitive|memory object)$|std::bad_alloc|"
     "CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
 )
@@ -24,10 +24,10 @@ def keep_freed_memory():
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def lack(error):
-    """What an exception says of a lack of the machine's memory, as the beginning of a sentence; else None."""
-    if not isinstance(error, MemoryError) and not re.search(LACK, str(error)):
+def out_of_memory(error):
+    """What to say of an out-of-memory error, as the beginning of a sentence; None for any other error."""
+    if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
         return None
     request = re.search(r"allocate (\d+) bytes", str(error))
-    amount = f"{int(request[1]) / 1e9:,.1f}" if request else "0.0"
-    return "there is not enough memory" + (f" for {amount} GB more" if amount != "0.0" else "")
+    gigabytes = int(request[1]) / 1e9 if request else 0
+    return "there is not enough memory" + (f" for {gigabytes:,.1f} GB more" if gigabytes >= 0.05 else "")

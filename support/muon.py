@@ -2,7 +2,8 @@
 
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: the momentum of a matrix is replaced by the nearest
 (semi-)orthogonal matrix, so that every direction of the weights moves at the same rate, not only the few that dominate
-the gradient.
+the gradient. torch.optim.Muon is for matrices alone: convolution kernels would have to be flattened, and all other
+parameters need an optimizer of their own. It also computes in bfloat16 where that is slow.
 """
 
 import collections
@@ -10,7 +11,7 @@ import collections
 import torch
 
 from config import UserError
-from support import device
+from support import devices
 
 MOMENTUM = 0.95
 SCALE = 2.0  # root mean square of a matrix's step over that of a typical AdamW step
@@ -119,7 +120,7 @@ def orthogonalize(m):
     Singular values that are above a hundredth of the norm of m become 0.1 to 1.9. Computed and returned in bfloat16
     where the hardware is fast at it, else in float32.
     """
-    x = m.to(device.pick_precision("auto", m.device))
+    x = m.to(getattr(torch, devices.pick_precision("auto", m.device)))
     tall = m.shape[-2] > m.shape[-1]
     if tall:
         x = x.mT

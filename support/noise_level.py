@@ -19,7 +19,7 @@ from torch import nn
 
 from diffusion import GREY_LEVELS
 from support import checkpoint
-from support.device import memory_format
+from support.devices import memory_format
 
 WEIGHTS = checkpoint.NOISE_LEVEL
 WINDOW, WINDOWS = 64, 8  # of a large picture, WINDOWS x WINDOWS evenly spread windows are looked at
@@ -34,13 +34,14 @@ QUANTILES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # of the blocks, by their 
 FLATTEST = (0, 0.01, 0.04, 0.12)  # of the blocks, by their energy in all bands of luma: the limits of three groups
 JPEG_BLOCK = 8
 FLOOR = 0.02  # grey levels squared: less energy than rounding leaves
+# Band energies in luma and chroma, 2 x 2 of blockiness, and 3 of the whole picture.
 STATISTICS = (len(QUANTILES) + len(FLATTEST) - 1) * 2 * (len(BANDS) - 1) + 7
 LEAST = 0.4  # grey levels: smaller levels are not told apart
 OUTPUTS = (0.5, 0.05, 0.95)  # quantiles of the level: the estimate, and the range that holds it nine times out of ten
 
 
 class Level(NamedTuple):
-    """A noise level and a range that it should lie in: standard deviations on the [-1, 1] scale."""
+    """A noise level and a range that it should lie in: standard deviations on the 0-255 scale."""
 
     sigma: float
     low: float
@@ -50,7 +51,7 @@ class Level(NamedTuple):
 def estimate(pixels, likelihood=None, device="cpu"):
     """The Level of an array (C, H, W) of any size: C is 3, or 1 for grey; uint8, uint16, or float in [-1, 1].
 
-    likelihood: the level of greatest likelihood as a function of x (1, C, H, W) in [-1, 1], both on that scale, see
+    likelihood: the level of greatest likelihood as a function of x (1, C, H, W), both on the [-1, 1] scale, see
     diffusion.estimate_sigma; None: statistics alone decide. For noise that differs between channels it is the root
     mean square of their levels; for noise that depends on brightness, the level in the flattest places. Time and memory
     are bounded. Raises CheckpointError without usable WEIGHTS.
@@ -65,7 +66,7 @@ def estimate(pixels, likelihood=None, device="cpu"):
         # The likelihood may have a maximum too many, and finds a little noise even where there is none.
         sigma = np.clip(GREY_LEVELS * likelihood(x).item(), 0.4 * levels[0], 2 * levels[0])
         levels = sigma * np.array([1, 0.93, 1.07])
-    return Level(*(float(level) / GREY_LEVELS for level in levels))
+    return Level(*map(float, levels))
 
 
 def windows(pixels):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
+from PIL.ExifTags import Base as Tag
 from tqdm import tqdm
 
 from config import Setting, UserError, whole
@@ -21,13 +22,15 @@ SETTINGS = {
     "max_pixels": Setting(MAX_PIXELS, whole(), "of the largest picture that is read; a small file can expand"),
 }
 SIZE = 32  # pixels, height and width of every image of the built-in data sets
-IMAGE_FILES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+JPEG = {".jfif", ".jpe", ".jpeg", ".jpg"}
+IMAGE_FILES = JPEG | {".bmp", ".gif", ".jp2", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 # Endings of pictures that must be converted first, and what converts them: of phones, and raw ones of cameras.
 CONVERTERS = dict.fromkeys([".avif", ".heic", ".heif", ".hif"], "heif-convert (of libheif) or ImageMagick")
 CONVERTERS |= dict.fromkeys([".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw"], "darktable-cli or RawTherapee")
 CONVERTERS |= dict.fromkeys([".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"], "darktable-cli or RawTherapee")
-SIGNED, WHITE_IS_ZERO, SEPARATE = 2, 0, 2  # values of SAMPLE_FORMAT, PHOTOMETRIC and PLANES below
-BITS, PHOTOMETRIC, HIGHEST, PLANES, SAMPLE_FORMAT = 258, 262, 281, 284, 339  # tags of a TIFF file
+# Values of a TIFF file's tags SampleFormat, PhotometricInterpretation and PlanarConfiguration.
+SIGNED, WHITE_IS_ZERO, SEPARATE = 2, 0, 2
+NOTES = object()  # a key that no file can put into an image's info
 said = set()  # texts that were printed, so that a folder of a thousand such files prints one line
 
 
@@ -52,14 +55,17 @@ def image_files(root):
         )
 
     for path, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        folders.sort()  # in whatever order the disk lists them, of two ways to a folder the same counts
         if os.path.realpath(path) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(path))
         for name in names:
             relative, ending = Path(os.path.relpath(os.path.join(path, name), root)), Path(name).suffix.lower()
-            found += [relative.as_posix()] * (ending in IMAGE_FILES)
-            foreign += [relative] * (ending in CONVERTERS)
+            if ending in IMAGE_FILES:
+                found.append(relative.as_posix())
+            elif ending in CONVERTERS:
+                foreign.append(relative)
     if foreign and not found:
         raise DataError(f"{root} has no pictures that can be read: {must_convert(root / min(foreign))}")
     if foreign:
@@ -68,10 +74,9 @@ def image_files(root):
 
 
 def must_convert(path):
-    kind = path.suffix[1:].upper()
     return (
-        f"{path} is {'an' if kind[0] in 'AO' else 'a'} {kind} file, which is not read; "
-        f"convert it to PNG or TIFF first, for example with {CONVERTERS[path.suffix.lower()]}"
+        f"{path.suffix[1:].upper()} files such as {path} are not read; "
+        f"convert them to PNG or TIFF first, for example with {CONVERTERS[path.suffix.lower()]}"
     )
 
 
@@ -82,6 +87,12 @@ def say_once(path, text, kind="note"):
         tqdm.write(f"{kind}: {path}: {text}", sys.stderr)
 
 
+def note(image, path, text):
+    """Say it once, and leave it with the image: image.info[NOTES] is a list of such texts."""
+    image.info.setdefault(NOTES, []).append(text)
+    say_once(path, text)
+
+
 # ---- reading one -------------------------------------------------------------------------------------------------
 
 
@@ -90,8 +101,8 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
 
     The image's mode is one that Pillow converts to RGB correctly, or I;16 with the full range 0 ... 65535 for grey of
     more than 8 bits; info["white"] is the value that 65535 had in the file, where that is a guess. What is lost or
-    assumed is printed, once for each kind. Raises DataError if the file cannot be read or has more than max_pixels,
-    which are looked up before any is decoded.
+    assumed is printed, once for each kind, and is in info[NOTES]. Raises DataError if the file cannot be read or has
+    more than max_pixels, which are looked up before any is decoded.
     """
     path = Path(path)
     if path.suffix.lower() in CONVERTERS:
@@ -102,22 +113,24 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
                 raise DataError(
                     f"{path} is {image.width}x{image.height} pixels, more than --max-pixels {max_pixels}; raise that"
                 )
-            drop_text(image, path)
+            drop_unusable_info(image, path)
             if has_frames(image):
-                say_once(path, "of an animation, or of several pages, only the first picture is read")
+                note(image, path, "of an animation, or of several pages, only the first picture is read")
             if misreads(image):
                 raise DataError(f"{path} has colours of 16 bits in separate planes; save it interleaved or compressed")
             if loses_bits(image):
-                say_once(path, "colours of more than 8 bits are read as 8 bits")
+                note(image, path, "colours of more than 8 bits are read as 8 bits")
             scale_transparent_colour(image)
             image.load()
-            drop_text(image, path)  # what stood after the pixels
+            drop_unusable_info(image, path)  # what stood after the pixels
             try:
                 ImageOps.exif_transpose(image, in_place=True)
+                if "Raw profile type exif" in image.info:  # as some programs write it into a PNG file
+                    image.info.setdefault("exif", image.getexif().tobytes())
             except MemoryError:
                 raise
             except Exception:
-                pass  # a broken orientation tag is no reason to lose the picture
+                pass  # broken EXIF data are no reason to lose the picture
             return (convert or rgb)(standard(image, path))
     except (MemoryError, DataError):
         raise
@@ -143,15 +156,15 @@ def open_picture(path):
     return Image.open(path, formats=sorted({endings[ending] for ending in IMAGE_FILES if ending in endings}))
 
 
-def drop_text(image, path):
-    """Remove what a PNG text chunk or a broken profile put where Pillow expects binary data."""
+def drop_unusable_info(image, path):
+    """Remove what a PNG text chunk or a broken profile put where binary data are expected, and what `read` sets."""
     for name in ("exif", "transparency"):
         if isinstance(image.info.get(name), str):
             del image.info[name]
-    image.info.pop("white", None)  # see `read`
+    image.info.pop("white", None)
     if "icc_profile" in image.info and not is_profile(image.info["icc_profile"]):
         del image.info["icc_profile"]
-        say_once(path, "its colour profile is damaged and is ignored")
+        note(image, path, "its colour profile is damaged and is ignored")
 
 
 def scale_transparent_colour(image):
@@ -194,8 +207,8 @@ def loses_bits(image):
 def misreads(image):
     """Whether Pillow would take colours of 16 bits for colours of 8: of an uncompressed TIFF in separate planes."""
     tags = getattr(image, "tag_v2", {})
-    planes = tags.get(PLANES) == SEPARATE and any(codec == "raw" for codec, *_ in image.tile)
-    return planes and max(tags.get(BITS, (8,))) > 8
+    planes = tags.get(Tag.PlanarConfiguration) == SEPARATE and any(codec == "raw" for codec, *_ in image.tile)
+    return planes and max(tags.get(Tag.BitsPerSample, (8,))) > 8
 
 
 def standard(image, path):
@@ -205,7 +218,7 @@ def standard(image, path):
         raise DataError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         result = Image.fromarray(full_range(image, tags, path))
-    elif SIGNED in tags.get(SAMPLE_FORMAT, ()):
+    elif SIGNED in tags.get(Tag.SampleFormat, ()):
         raise DataError(f"{path} has signed pixels of 8 bits, whose range is unknown; save it with unsigned ones")
     elif image.mode in ("CMYK", "LAB"):
         result = by_profile(image, path)
@@ -220,27 +233,27 @@ def standard(image, path):
 def full_range(image, tags, path):
     """A grey image of integers as uint16 (H, W) with white at 65535. Raises DataError for negative ones."""
     values = np.asarray(image)
-    signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
+    signed = SIGNED in tags.get(Tag.SampleFormat, ())
     if values.dtype == np.int32 and not signed:
         values = values.view(np.uint32)
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0:
         raise DataError(f"{path} has negative pixels, whose range is unknown; save it with unsigned ones")
-    bits, declared = max(tags.get(BITS, (16,))), max(tags.get(HIGHEST, ()), default=0)
+    bits, declared = max(tags.get(Tag.BitsPerSample, (16,))), max(tags.get(Tag.MaxSampleValue, ()), default=0)
     if declared >= highest and declared & (declared + 1) == 0 < declared:  # 2^bits - 1: the range, and no statistic
         white = declared
     elif bits < 16 or (signed and bits == 16):
         white = 2 ** (bits - signed) - 1
     elif highest >= 2**16:
         white = highest
-        say_once(path, "grey values above 65535: the largest of the file is taken as white")
+        note(image, path, "grey values above 65535: the largest of the file is taken as white")
     elif highest < 2**12 and highest and image.format != "PPM":  # which says its range
         white = 2**8 - 1 if highest < 2**8 else 2**12 - 1  # as many cameras and microscopes write into 16 bits
-        say_once(path, f"no grey value of 16 bits is above {white}, which is taken as white")
+        note(image, path, f"no grey value of 16 bits is above {white}, which is taken as white")
         image.info["white"] = white  # so that it is written with values like those that were read
     else:
         white = 2**16 - 1
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+    if tags.get(Tag.PhotometricInterpretation) == WHITE_IS_ZERO:
         values = white - values
     return values.astype(np.uint16) if white == 65535 else (values * (65535 / white)).round().astype(np.uint16)
 
@@ -256,7 +269,7 @@ def by_profile(image, path):
     except (ImportError, ValueError, ImageCms.PyCMSError):
         if image.mode == "LAB":
             raise
-        say_once(path, "CMYK without a usable colour profile: its colours are approximate")
+        note(image, path, "CMYK without a usable colour profile: its colours are approximate")
         return image.convert("RGB")
 
 

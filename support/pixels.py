@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion import GREY_LEVELS
 
 WHITE = {torch.uint8: 255, torch.uint16: 65535}  # the value of 1 in integer pixels; 0 is that of -1
-BEYOND = 5  # no noise takes an image of [-1, 1] so far
+BEYOND = 5  # no noise takes the values of an image in [-1, 1] this far from 0
 
 
 def unpack(image):

@@ -23,7 +23,7 @@ import config
 import data
 import unet
 from config import UserError
-from support import checkpoint, device, entries, figures, loggers
+from support import checkpoint, devices, figures, loggers
 
 SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
 # A resumed run takes the settings that were not typed from its checkpoint, except these, which belong to one start.
@@ -57,11 +57,11 @@ def begin(cfg, settings):
     if cfg.resume not in (None, "auto") and not Path(cfg.resume).is_file():
         raise checkpoint.CheckpointError(f"--resume {cfg.resume}: there is no such file; name one that train.py saved")
     lock = checkpoint.lock(cfg.out_dir) if os.environ.get("RANK", "0") == "0" else None
-    saved, there = None, checkpoint.in_folder(cfg.out_dir)
+    saved, in_the_way = None, checkpoint.in_folder(cfg.out_dir)
     if cfg.resume == "auto":
         try:
             path, saved = checkpoint.load_newest(cfg.out_dir, NEEDS, settings)
-            cfg, there = dataclasses.replace(cfg, resume=str(path)), []  # what is newer is damaged
+            cfg, in_the_way = dataclasses.replace(cfg, resume=str(path)), []  # what is newer is damaged
         except checkpoint.NoCheckpointError:
             if lock:
                 print(f"{cfg.out_dir} holds no checkpoint yet: a new run starts")
@@ -69,13 +69,13 @@ def begin(cfg, settings):
         saved = checkpoint.load(cfg.resume, NEEDS, settings)
         if Path(cfg.out_dir).resolve() == Path(cfg.resume).resolve().parent:
             reached = checkpoint.epoch_and_step(cfg.resume) or (saved["epoch"], 0)
-            there = [path for path in there if checkpoint.epoch_and_step(path) > reached]
-    if there and not cfg.overwrite:
+            in_the_way = [path for path in in_the_way if checkpoint.epoch_and_step(path) > reached]
+    if in_the_way and not cfg.overwrite:
         raise checkpoint.CheckpointError(
-            f"{cfg.out_dir} already holds {there[-1].name}; go on from it with --resume auto, "
+            f"{cfg.out_dir} already holds {in_the_way[-1].name}; go on from it with --resume auto, "
             "choose another --out-dir, or replace what is there with --overwrite"
         )
-    return settings_of(saved, cfg, settings) if saved else cfg, saved, Folder(lock, there)
+    return settings_of(saved, cfg, settings) if saved else cfg, saved, Folder(lock, in_the_way)
 
 
 def settings_of(saved, cfg, settings):
@@ -84,7 +84,7 @@ def settings_of(saved, cfg, settings):
     A setting that an earlier version did not have stands at the value at which it changes nothing.
     """
     usual = {name: setting.default for name, setting in settings.items()} | CHANGED
-    values = {name: entries.as_tuple(saved["config"].get(name, usual[name])) for name in settings.keys() - PER_START}
+    values = {name: config.as_tuple(saved["config"].get(name, usual[name])) for name in settings.keys() - PER_START}
     for name in cfg.given & values.keys() - MAY_CHANGE:
         typed = getattr(cfg, name)
         if typed not in ("auto", values[name]):
@@ -172,7 +172,7 @@ class Run:
             world.say(
                 f"{world.size} processes go on where {len(sums)} stood: the same images and noise, but not bit for bit"
             )
-        if cfg.precision == "bfloat16" and device.pick_precision("auto", world.device) == torch.float32:
+        if cfg.precision == "bfloat16" and devices.pick_precision("auto", world.device) == "float32":
             world.warn("the run goes on in bfloat16, in which it began, although this device is slow at it")
         if cfg.epochs != (before := saved["config"].get("epochs", cfg.epochs)):
             world.say(f"the learning rate schedule now spans {cfg.epochs} epochs, not {before}")
@@ -207,16 +207,20 @@ class Run:
         before, self.seconds = self.seconds, time.monotonic() - self.started
         self.own_steps, self.own_seconds = self.own_steps + 1, self.own_seconds + self.seconds - before
         if time.monotonic() - self.shown >= SHOW_EVERY:
-            self.shown = time.monotonic()
-            done = self.step - len(self.log) * self.steps_per_epoch
-            mean = self.finite(self.loss_sum / done)
-            text = f"loss {mean:.4f}, lr {self.lr:.1e}, {self.speed(done):.0f} images/s"
-            if self.log and self.log[-1].get("of_block"):
-                text += f", {self.log[-1]['channels_in_use']:.0%} of {self.log[-1]['of_block']} in use"
-            self.bar.set_postfix_str(f"{text}, run {self.time_left()} left", refresh=False)
+            self.show()
         if self.cfg.save_every_steps and self.step % self.cfg.save_every_steps == 0:
             self.save()
         self.signals.check(self.step)
+
+    def show(self):
+        """The loss and the pace of the epoch under way, on the bar. Raises UserError if the loss is not finite."""
+        self.shown = time.monotonic()
+        done = self.step - len(self.log) * self.steps_per_epoch
+        mean = self.finite(self.loss_sum / done)
+        text = f"loss {mean:.4f}, lr {self.lr:.1e}, {self.speed(done):.0f} images/s"
+        if self.log and self.log[-1].get("of_block"):
+            text += f", {self.log[-1]['channels_in_use']:.0%} of {self.log[-1]['of_block']} in use"
+        self.bar.set_postfix_str(f"{text}, run {self.time_left()} left", refresh=False)
 
     def after_epoch(self, test_loss, shares):
         """A row of the log, a checkpoint, a line, a figure. shares: see channels.in_use."""
@@ -296,7 +300,7 @@ class Run:
             log=self.log,
             loss_sums=sums.cpu(),
             seconds=self.seconds,
-            hardware=device.describe(world.device),
+            hardware=devices.describe(world.device),
         )
         try:
             checkpoint.save(path, state)
@@ -318,11 +322,11 @@ class Run:
         return loss
 
     def speed(self, steps):
-        """Images a second in the epoch under way. A clock may stand still."""
+        """Images a second in the epoch under way. The clock may not have advanced yet."""
         return self.cfg.batch_size * steps / max(self.seconds, 1e-9)
 
     def time_left(self):
-        """At the pace of this process's steps (what came before may have run elsewhere), as text; ?: it made none."""
+        """As text, at the pace of this process's steps (earlier ones may have run elsewhere); "?" before the first."""
         if not self.own_steps:
             return "?"
         left = self.cfg.epochs * self.steps_per_epoch - self.step

@@ -74,9 +74,9 @@ def fail(reason):
 
 
 def explain(error):
-    """What an error of PyTorch, or a lack of memory, means that is no fault of the code; others are raised again."""
-    if lack := memory.lack(error):
-        return f"{lack}; use fewer or smaller images, a smaller network, or in training a smaller --batch-size"
+    """What an error of PyTorch, or running out of memory, means that is not the code's fault; raises others again."""
+    if problem := memory.out_of_memory(error):
+        return f"{problem}; use fewer or smaller images, a smaller network, or in training a smaller --batch-size"
     # What gloo and NCCL say when a peer is gone: Connection closed, Connection reset, Broken pipe, ...
     if os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|onnection", str(error)):
         return f"{error} (if another process of the run ended, see its message; go on with --resume auto)"

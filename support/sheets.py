@@ -5,11 +5,9 @@ import itertools
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusion import GREY_LEVELS
-
 MIDDLE = 200  # pixels of the middle that is enlarged
 STRENGTHS = (0.5, 0.75, 1, 1.25, 1.5, 2, 3)
-SIGMAS = (5, 10, 15, 20, 25, 40, 60)  # grey levels; in place of multiples of next to nothing
+SIGMAS = (5, 10, 15, 20, 25, 40, 60)  # in place of multiples of next to nothing
 GAP, LINE, FONT = 12, 24, 17  # pixels between pictures, of a label, of its letters
 LEAST_WIDTH = 270  # pixels of a label
 
@@ -26,13 +24,11 @@ def before_after(before, after):
 def strengths(pixels, sigma, denoise):
     """The middle of a picture as denoise(pixels, sigma) leaves it at several levels, at twice the size.
 
-    sigma: the noise level found, in units of the [-1, 1] scale.
+    sigma: the noise level found, on the 0-255 scale.
     """
-    levels = {
-        f"--strength {factor:g}  (sigma {GREY_LEVELS * factor * sigma:.0f})": factor * sigma for factor in STRENGTHS
-    }
-    if GREY_LEVELS * sigma < SIGMAS[0]:
-        levels = {f"--sigma {level}": level / GREY_LEVELS for level in SIGMAS}
+    levels = {f"--strength {factor:g}  (sigma {factor * sigma:.0f})": factor * sigma for factor in STRENGTHS}
+    if sigma < SIGMAS[0]:
+        levels = {f"--sigma {level}": level for level in SIGMAS}
     crop = middle(pixels)
     cells = [("before", crop)] + [(label, denoise(crop, level)) for label, level in levels.items()]
     return sheet([(label, shown(view, scale=2)) for label, view in cells], columns=4)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-# Numbers are drawn from generator(device, seed, one of these, index), so that no two purposes share a stream.
+# Numbers are drawn from generator(device, seed, one of these, index): in training no two purposes share a stream.
 ORDER, NOISE, HELD_OUT_NOISE, CHOICE, LEAVES, CROPS, KERNELS, JPEG = range(8)
 
 

@@ -26,6 +26,12 @@ def select(records, **fields):
     return [record for record in records if all(getattr(record, name) == value for name, value in fields.items())]
 
 
+def others(records, *known):
+    """{method: its records} of all methods but the `known` ones, in their order."""
+    names = dict.fromkeys(record.method for record in records)
+    return {name: select(records, method=name) for name in names if name not in known}
+
+
 # ---- on images: every list of records that is zipped has the same levels in the same order --------------------------
 
 
@@ -43,13 +49,13 @@ def summary(records):
 
 
 def one_step(records):
-    columns, rows = {"sigma": 2, "t": 2, "loss": 4}, []
+    columns, rows, found = {"sigma": 2, "t": 2, "loss": 4}, [], select(records, method="network", steps=1)
     for metric in METRICS.values():
         columns |= {f"{metric.name} noisy": metric.digits, metric.name: metric.digits}
-    for noisy, own in zip(select(records, method="noisy"), select(records, method="network", steps=1)):
+    for noisy, own in zip(select(records, method="noisy"), found):
         pairs = [record.values[key] for key in METRICS for record in (noisy, own)]
         rows.append([own.sigma, own.t, *map(interval, (own.values["loss"], *pairs, own.values["autocorrelation"]))])
-    return dict(title=f"One step, {own.count:,} images", columns=columns | {"autocorrelation": 4}, rows=rows)
+    return dict(title=f"One step, {found[0].count:,} images", columns=columns | {"autocorrelation": 4}, rows=rows)
 
 
 def control(records):
@@ -57,10 +63,11 @@ def control(records):
     columns, rows = {"sigma": 2, "t": 2}, []
     for name, digits in quantities.values():
         columns |= {f"{name} of control": digits, f"{name} change": digits}
-    for own, other in zip(*(select(records, method=method, steps=1) for method in ("network", "control"))):
+    found = select(records, method="network", steps=1)
+    for own, other in zip(found, select(records, method="control", steps=1)):
         pairs = [(other.values[key], own.values[key] - other.values[key]) for key in quantities]
         rows.append([own.sigma, own.t, *(interval(values) for pair in pairs for values in pair)])
-    title = f"The control in one step, and how the network differs from it, {own.count:,} images"
+    title = f"The control in one step, and how the network differs from it, {found[0].count:,} images"
     return dict(title=title, columns=columns, rows=rows)
 
 
@@ -102,13 +109,12 @@ def blind(records):
 def classical(records, key):
     """One metric of the network beside the classical denoisers', on the images that all were given."""
     metric, own = METRICS[key], select(records, method="network", steps=1)
-    methods = {r.method: select(records, method=r.method) for r in records if r.method not in ("clean", "control")}
-    methods = {name: found for name, found in methods.items() if name != "network"} | {"network": own}
+    methods = others(records, "clean", "network", "control") | {"network": own}
     count, rows = min(found[0].count for found in methods.values()), []
     for at_level in zip(*methods.values()):
-        *others, ours = (record.first(count).values[key] for record in at_level)
-        best = (max if metric.higher_is_better else min)(others, key=torch.mean)
-        rows.append([at_level[0].sigma, at_level[0].t, *map(interval, (*others, ours, ours - best))])
+        *theirs, ours = (record.first(count).values[key] for record in at_level)
+        best = (max if metric.higher_is_better else min)(theirs, key=torch.mean)
+        rows.append([at_level[0].sigma, at_level[0].t, *map(interval, (*theirs, ours, ours - best))])
     title = f"{metric.name} beside classical denoisers, and the difference from the best of them, {count:,} images"
     return dict(
         title=title, columns={"sigma": 2, "t": 2} | dict.fromkeys((*methods, "difference"), metric.digits), rows=rows
@@ -142,8 +148,8 @@ def pictures(records, key, published):
         for name, values in PUBLISHED.items():
             at = dict(zip(LITERATURE, values))
             rows.append([name, 68, *map(at.get, levels)])
-    for method in dict.fromkeys(record.method for record in records if record.method not in ("noisy", "network")):
-        count = select(records, method=method)[0].count
+    for method, found in others(records, "noisy", "network").items():
+        count = found[0].count
         rows.append(row(method, method, count))
         if count < total:
             rows.append(row("network, on the same", "network", count))
@@ -171,9 +177,7 @@ def curves(records, count, shown):
     by_level = [[record for record in walk if record.sampler == "euler"] for walk in walks(records, count)]
     methods = {"noisy": select(records, method="noisy"), "one step": select(records, method="network", steps=1)}
     methods["several steps"] = [walk[-1] for walk in by_level]
-    for record in records:
-        if record.method not in ("clean", "noisy", "network", "control"):
-            methods.setdefault(record.method, []).append(record)
+    methods |= others(records, "clean", "noisy", "network", "control")
     shared = min(record.count for found in methods.values() for record in found)
 
     def mean(record, key):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import diffusion
 from config import UserError
-from support import device as devices
+from support import devices
 
 AGREE_EVERY = 8  # steps from one exchange about signals to the next, on several ranks
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -106,7 +106,7 @@ class World(NamedTuple):
         t, eps = data.draw_noise(shape, cfg, self.device, 0)
         try:
             for _ in range(3):  # the first compiles, the second records CUDA graphs, the third replays them
-                with devices.autocast(self.device, getattr(torch, cfg.precision)):
+                with devices.autocast(self.device, cfg.precision):
                     loss = diffusion.noise_loss(model, x0, eps, t, cfg.noise_steps)
                 model.zero_grad()  # as in the loop: a replayed graph overwrites the gradients, they must not add up
                 loss.backward()
@@ -172,7 +172,7 @@ class Signals:
         return self
 
     def __exit__(self, *_):
-        # torchrun sends SIGTERM when a peer is gone: it must not cut short what there is to say of it.
+        # torchrun sends SIGTERM when a peer has died: it must not keep this process from reporting the error.
         for signum, handler in self.handlers.items() if self.world.size == 1 else ():
             signal.signal(signum, handler)
 

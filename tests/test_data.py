@@ -364,7 +364,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, capsys):
     images, source = data.load("train", settings(data_dir=tmp_path / "pictures", skip_bad_images=True))
     assert source == f"{len(images)} train images of {len(images)} pictures in {tmp_path / 'pictures'}"
     said = capsys.readouterr().err
-    assert "WARNING: left out" in said and "1 pictures are left out; photo.heic is a HEIC file" in said
+    assert "WARNING: left out" in said and "1 pictures are left out; HEIC files such as photo.heic are not read" in said
 
 
 def test_a_folder_without_permission_is_named(tmp_path):
@@ -415,10 +415,10 @@ def test_whole_pictures(tmp_path, capsys):
     (tmp_path / "test" / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is sound
     read = data.whole_pictures("test", settings(data_dir=tmp_path, skip_bad_images=True))
     assert len(read) == len(made)
-    assert "1 of 4 pictures cannot be read and are left out" in capsys.readouterr().err
+    assert "left out 1 of 4 test images" in capsys.readouterr().err
     for path in (tmp_path / "test").iterdir():
         path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"none of the 4 test pictures in .* can be read"):
+    with pytest.raises(DataError, match=r"none of the 4 test images in .* can be used; run without --skip-bad-images"):
         data.whole_pictures("test", settings(data_dir=tmp_path, skip_bad_images=True))
     with pytest.raises(config.UserError, match="has no whole pictures; use --dataset folder"):
         data.whole_pictures("test", settings("leaves", tmp_path))

@@ -26,7 +26,7 @@ def network():
     torch.manual_seed(0)
     cfg = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, widths=(4, 4, 8), t_dim=8)
     model = unet.build(**unet.describe(cfg)).eval()
-    return denoise.Network(model, cfg, Path("tiny.pth"), torch.device("cpu"), torch.float32, 24)
+    return denoise.Network(model, cfg, Path("tiny.pth"), torch.device("cpu"), "float32", 24)
 
 
 def noisy(*shape, dtype=np.uint8):
@@ -37,7 +37,7 @@ def test_a_picture_comes_back_in_full(network, tmp_path):
     deep = noisy(30, 50, dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.tif")
     (before, after), target, text = demo.clean(tmp_path / "deep.tif", False, 30, 1.5, network, 10**6, tmp_path)
-    expected = denoise.run(network, torch.from_numpy(deep)[None], 30 / 127.5, 1.5).clean[0]
+    expected = denoise.denoise_pixels(network, torch.from_numpy(deep)[None], 30, 1.5).clean[0]
     saved = Image.open(target)
     assert Path(target).name == "deep_denoised.png" and saved.mode == "I;16"
     np.testing.assert_array_equal(saved, expected)
@@ -53,6 +53,15 @@ def test_a_large_picture_is_shown_reduced_and_saved_whole(network, tmp_path, mon
     views, target, text = demo.clean(tmp_path / "a.png", True, 30, 1, network, 10**6, tmp_path)
     assert [view.size for view in views] == [(40, 30)] * 2 and Image.open(target).size == (80, 60)
     assert "(estimated; " in text and "what you save has all 80 x 60" in text
+
+
+def test_what_reading_a_file_loses_is_said_each_time(network, tmp_path):
+    frames = [Image.fromarray(noisy(20, 24, 3)) for _ in range(2)]
+    frames[1].putpixel((0, 0), (1, 2, 3))
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    for _ in range(2):
+        *_, text = demo.clean(tmp_path / "a.webp", True, 30, 1, network, 10**6, tmp_path)
+        assert "only the first picture is read" in text
 
 
 def test_a_bad_file_is_a_line(network, tmp_path):
@@ -82,7 +91,7 @@ def test_what_the_page_runs(network, tmp_path, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: not enough memory")
 
     with monkeypatch.context() as full, pytest.raises(demo.gr.Error, match="not enough memory for this picture"):
-        full.setattr(denoise, "run", lack)
+        full.setattr(denoise, "denoise_pixels", lack)
         update(str(tmp_path / "a.png"), True, 30, 1)
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(demo.gr.Error, match="cannot be read"):

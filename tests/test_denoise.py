@@ -26,7 +26,7 @@ import data
 import denoise
 import diffusion
 import unet
-from support import checkpoint, device, metrics, picture_files, pictures, pixels, script, sheets, tiles
+from support import checkpoint, devices, metrics, picture_files, pictures, pixels, script, sheets, tiles
 from support.datasets import leaves
 
 T, MU, S = 10, 0.2, 0.5
@@ -39,7 +39,7 @@ def optimal_eps(x, t):
 
 
 def network(model, margin=0):
-    return denoise.Network(model, CFG, Path("x.pth"), torch.device("cpu"), torch.float32, margin)
+    return denoise.Network(model, CFG, Path("x.pth"), torch.device("cpu"), "float32", margin)
 
 
 def noise(*shape, dtype=np.uint8, seed=0):
@@ -119,8 +119,8 @@ def test_tiles_make_no_difference(channels, steps, small_unet, monkeypatch):
     noisy = torch.from_numpy(noise(channels, 134, 158, dtype=np.uint16))
 
     def run(tile, margin=24):
-        monkeypatch.setattr(denoise, "TILE", {torch.float32: tile})
-        return denoise.run(network(small_unet, margin), noisy, 0.3, steps=steps).clean.float()
+        monkeypatch.setattr(denoise, "TILE", {"float32": tile})
+        return denoise.denoise_pixels(network(small_unet, margin), noisy, 38.25, steps=steps).clean.float()
 
     whole = run(1000)
     assert (run(96) - whole).abs().max() <= 1e-3 * 65535 / 2
@@ -131,18 +131,18 @@ def test_a_network_that_cannot_be_tiled_sees_the_whole(monkeypatch):
     model, seen = unet.PlainUNet(widths=(4, 4, 4)).eval(), []
     plain = network(model, tiles.margin_of(tiles.receptive_field(model)))
     model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
-    monkeypatch.setattr(denoise, "TILE", {torch.float32: 16})
+    monkeypatch.setattr(denoise, "TILE", {"float32": 16})
     noisy = torch.from_numpy(noise(3, 50, 64))
-    denoise.run(plain, noisy, 0.3, steps=2)
+    denoise.denoise_pixels(plain, noisy, 38.25, steps=2)
     assert seen == [(52, 64)] * 2
     monkeypatch.setattr(denoise, "WHOLE", 50 * 64 - 1)
     with pytest.raises(config.UserError, match=r"x.pth must see a picture as a whole, of at most 3,199 pixels"):
-        denoise.run(plain, noisy, 0.3)
+        denoise.denoise_pixels(plain, noisy, 38.25)
 
 
 @pytest.mark.parametrize("shape, most", [((1000, 1500), 1.3), ((1, 10_000), 4.6), ((10_000, 3), 1.6)])
 def test_the_network_sees_bounded_tiles_and_little_twice(shape, most, monkeypatch):
-    monkeypatch.setattr(denoise, "TILE", {torch.float32: 400})
+    monkeypatch.setattr(denoise, "TILE", {"float32": 400})
     seen = []
 
     def model(x, t):
@@ -150,7 +150,8 @@ def test_the_network_sees_bounded_tiles_and_little_twice(shape, most, monkeypatc
         return torch.zeros_like(x)
 
     noisy = torch.from_numpy(noise(3, *shape))
-    assert torch.equal(denoise.run(network(model, 24), noisy, 0.2).clean, noisy)  # each pixel comes back in its place
+    clean = denoise.denoise_pixels(network(model, 24), noisy, 25.5).clean
+    assert torch.equal(clean, noisy)  # each pixel comes back in its place
     assert max(max(s[2:]) for s in seen) <= 400
     assert sum(s[2] * s[3] for s in seen) <= most * math.prod(shape)
 
@@ -170,8 +171,8 @@ def test_padding_reflects(shape):
 def test_any_number_of_steps_and_any_length(steps, length, small_unet):
     """The margin grows with the steps, and may be wider than the picture."""
     pixels = torch.from_numpy(noise(3, 8, length))
-    whole = denoise.run(network(small_unet, math.inf), pixels, 0.2, steps=steps).clean
-    in_tiles = denoise.run(network(small_unet, 24), pixels, 0.2, steps=steps).clean
+    whole = denoise.denoise_pixels(network(small_unet, math.inf), pixels, 25.5, steps=steps).clean
+    in_tiles = denoise.denoise_pixels(network(small_unet, 24), pixels, 25.5, steps=steps).clean
     assert (in_tiles.int() - whole.int()).abs().max() <= 1
 
 
@@ -180,20 +181,20 @@ def test_any_number_of_steps_and_any_length(steps, length, small_unet):
 def test_any_size_and_depth(shape, dtype):
     top = 1 if dtype == np.float32 else np.iinfo(dtype).max
     noisy = np.random.default_rng(0).standard_normal(shape, dtype) if top == 1 else noise(*shape, dtype=dtype)
-    result = denoise.run(network(optimal_eps), torch.from_numpy(noisy), sigma=0.2, strength=2)
+    result = denoise.denoise_pixels(network(optimal_eps), torch.from_numpy(noisy), sigma=25.5, strength=2)
     # Grey: the model is told sqrt(3) times the level, and what it finds is sqrt(3) times as much.
     gain = math.sqrt(3) if shape[0] == 1 or (noisy == noisy[0]).all() else 1
     x, level = noisy if top == 1 else noisy / top * 2 - 1, gain * 0.4
     expected = x - 0.4 * gain * level * (x - MU) / (S**2 + level**2)
-    assert (tuple(result.clean.shape), result.level.sigma) == (shape, 0.2)
+    assert (tuple(result.clean.shape), result.level.sigma) == (shape, 25.5)
     expected, off = (expected, 1e-5) if top == 1 else ((expected + 1) / 2 * top, 0.51 if top == 255 else 1)
     np.testing.assert_allclose(result.clean.numpy(), expected, atol=off)
 
 
 def test_grey_stored_as_colours_is_grey(small_unet):
     grey = torch.from_numpy(noise(1, 20, 24))
-    clean = denoise.run(network(small_unet, 24), grey, 0.2).clean
-    colour = denoise.run(network(small_unet, 24), grey.expand(3, -1, -1), 0.2).clean
+    clean = denoise.denoise_pixels(network(small_unet, 24), grey, 25.5).clean
+    colour = denoise.denoise_pixels(network(small_unet, 24), grey.expand(3, -1, -1), 25.5).clean
     assert torch.equal(colour, clean.expand(3, -1, -1))
 
 
@@ -207,7 +208,7 @@ def test_what_a_network_is_told_of_a_grey_picture():
 
     for kind, shares in (("white", (0.25, 0.1)), ("mixed", (0.25, 0.1)), ("mixed", (0.0, 0.1))):
         known = network(model)._replace(trained=dataclasses.replace(CFG, noise=kind, noise_shares=shares))
-        assert math.isfinite(denoise.run(known, torch.from_numpy(noise(1, 20, 24)), 0.2).level.sigma)
+        assert math.isfinite(denoise.denoise_pixels(known, torch.from_numpy(noise(1, 20, 24)), 25.5).level.sigma)
     assert told == pytest.approx([2 * math.sqrt(3), 2, 2 * math.sqrt(3)])
 
 
@@ -236,12 +237,12 @@ def test_small_grey_pictures_are_not_taken_for_noisier_than_the_network_knows():
     noisy = small + 90 * torch.randn(small.shape, generator=torch.Generator().manual_seed(4))
     network = denoise.load(checkpoint.SHIPPED)
     for one in noisy.round().clamp(0, 255).to(torch.uint8):
-        assert 127.5 * denoise.run(network, one).level.sigma < 127.5 / math.sqrt(3) + 0.5
+        assert denoise.denoise_pixels(network, one).level.sigma < 127.5 / math.sqrt(3) + 0.5
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_network_that_does_not_know_t_leaves_the_level_to_the_statistics(channels, weights):
-    found = denoise.run(denoise.load(weights["plain"]), torch.from_numpy(noise(channels, 40, 40))).level
+    found = denoise.denoise_pixels(denoise.load(weights["plain"]), torch.from_numpy(noise(channels, 40, 40))).level
     assert found == denoise.noise_level.estimate(noise(channels, 40, 40))
 
 
@@ -259,7 +260,7 @@ def test_a_network_may_use_its_input_again(monkeypatch):
     x = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
     expected = diffusion.denoise(PreActivation(), x, torch.tensor([2.0]), T)[0]
     monkeypatch.setattr(checkpoint, "load_model", lambda *_: (PreActivation().eval(), CFG))
-    torch.testing.assert_close(denoise.run(denoise.load("any.pth"), x[0], 0.2).clean, expected)
+    torch.testing.assert_close(denoise.denoise_pixels(denoise.load("any.pth"), x[0], 25.5).clean, expected)
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
@@ -267,7 +268,7 @@ def test_a_network_may_use_its_input_again(monkeypatch):
 def test_constant_pictures(shape, value, small_unet):
     flat = torch.full(shape, value, dtype=torch.uint8)
     for model in (optimal_eps, small_unet):
-        result = denoise.run(network(model, 24), flat)
+        result = denoise.denoise_pixels(network(model, 24), flat)
         assert result.level.sigma == 0 and torch.equal(result.clean, flat)
 
 
@@ -301,8 +302,8 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(device, "pick", lambda name, *_: torch.device("cpu"))
-    monkeypatch.setattr(device, "pick_precision", lambda *_: torch.float32)
+    monkeypatch.setattr(devices, "pick", lambda name, *_: torch.device("cpu"))
+    monkeypatch.setattr(devices, "pick_precision", lambda *_: "float32")
     denoise.load_once.cache_clear()
 
 
@@ -327,7 +328,7 @@ def test_what_goes_in_comes_out(weights):
         "tensor": (x, lambda x: 127.5 * (x.permute(1, 2, 0).numpy() + 1)),
         "batch": (x[None].repeat(2, 1, 1, 1).requires_grad_(), lambda x: 127.5 * (x[1].permute(1, 2, 0).numpy() + 1)),
     }
-    expected = denoise.run(denoise.load(weights["unet"]), x, 30 / 127.5).clean.permute(1, 2, 0).numpy()
+    expected = denoise.denoise_pixels(denoise.load(weights["unet"]), x, 30).clean.permute(1, 2, 0).numpy()
     expected = 127.5 * (expected + 1)
     assert np.abs(expected - COLOUR).mean() > 1
     for name, (image, values) in same.items():
@@ -502,7 +503,7 @@ def test_what_is_written_is_what_the_network_makes_of_it(run, weights):
             flags = itertools.chain(*((f"--{key}", value) for key, value in settings.items()))
             assert run(f"{name}.png", "-o", target, "--sigma", 60, *flags) == 0
             planes = torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
-            expected = denoise.run(model, planes, 60 / 127.5, **settings).clean.permute(1, 2, 0)
+            expected = denoise.denoise_pixels(model, planes, 60, **settings).clean.permute(1, 2, 0)
             found.append(np.asarray(Image.open(target)).astype(float))
             np.testing.assert_array_equal(np.atleast_3d(found[-1]), expected)
         assert all(np.abs(a - b).mean() > 0.5 for a, b in itertools.combinations(found, 2))
@@ -601,14 +602,14 @@ def test_a_folder_with_bad_pictures(run, capsys):
 def test_nothing_that_one_picture_does_ends_the_others(error, run, monkeypatch, capsys):
     for name in "abc":
         write(f"in/{name}.png", noise(8, 8 + 4 * (name == "b"), 3))
-    real = denoise.run
+    real = denoise.denoise_pixels
 
     def failing(network, noisy, *args):
         if noisy.shape[2] == 12:
             raise error
         return real(network, noisy, *args)
 
-    monkeypatch.setattr(denoise, "run", failing)
+    monkeypatch.setattr(denoise, "denoise_pixels", failing)
     assert run("in", "-o", "out", "--sigma", 25) == 1
     assert sorted(os.listdir("out")) == ["a.png", "c.png"]
     assert re.search(r"left out: in/b.png: \S", capsys.readouterr().err)
@@ -616,8 +617,8 @@ def test_nothing_that_one_picture_does_ends_the_others(error, run, monkeypatch, 
 
 REFUSED = {
     "none.png -o x.png": "none.png does not exist",
-    "phone.heic -o x.png": "phone.heic is a HEIC file, which is not read; convert it",
-    "phone.heic a.png -o x/": "phone.heic is a HEIC file",
+    "phone.heic -o x.png": "HEIC files such as phone.heic are not read; convert them",
+    "phone.heic a.png -o x/": "HEIC files such as phone.heic",
     "a.png -o x": "x has no ending of a picture",
     "a.png -o x.txt": "x.txt has no ending of a picture",
     "a.png -o a.png --overwrite": "a.png is an input, which is never overwritten",
@@ -669,7 +670,7 @@ def test_what_is_refused_before_the_network_runs(line, run, tmp_path, monkeypatc
 def test_a_folder_without_permission_is_refused_before_the_work(run, monkeypatch, capsys):
     write("a.png", noise(8, 8, 3))
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(denoise, "run", None)
+    monkeypatch.setattr(denoise, "denoise_pixels", None)
     assert run("a.png", "-o", "out/b.png") == 1
     assert "error: no permission to write into out; change its permissions" in capsys.readouterr().err
 
@@ -683,10 +684,10 @@ def test_the_device_and_the_precision_asked_for_reach_the_network(run, weights, 
 
 
 def test_bfloat16_changes_little(small_unet):
-    noisy = torch.from_numpy(noise(3, 40, 44, dtype=np.uint16))
+    tiled, noisy = network(small_unet, 24), torch.from_numpy(noise(3, 40, 44, dtype=np.uint16))
     exact, fast = (
-        denoise.run(network(small_unet, 24)._replace(precision=precision), noisy, 0.2, ensemble=2).clean.float()
-        for precision in (torch.float32, torch.bfloat16)
+        denoise.denoise_pixels(tiled._replace(precision=precision), noisy, 25.5, ensemble=2).clean.float()
+        for precision in ("float32", "bfloat16")
     )
     assert 0 < (fast - exact).abs().mean() < 0.1 * (exact - noisy.float()).abs().mean()
 
@@ -756,6 +757,9 @@ def test_transparency_that_is_lost_is_said(run, capsys):
         assert run("a.png", "-o", f"b.{ending}", "--sigma", 25) == 0
         said = capsys.readouterr().err
         assert "cannot be stored there" not in said if text is None else text in said
+    write("grey.png", noise(8, 8, 2))
+    assert run("grey.png", "-o", "grey.gif", "--sigma", 25) == 0
+    assert "its transparency cannot" in capsys.readouterr().err
     holes = noise(8, 8, 4)
     holes[..., 3] = 255 * (np.arange(8) % 2)
     write("holes.png", holes)
@@ -774,6 +778,32 @@ def test_profile_and_exif_are_kept_or_their_loss_is_said(ending, run, capsys):
     said, written = capsys.readouterr().err, Image.open(f"b{ending}")
     for name, kept in (("colour profile", "icc_profile" in written.info), ("EXIF data", bool(written.getexif()))):
         assert kept != (f"its {name} cannot be stored there" in said), name
+
+
+def test_exif_of_every_source_reaches_every_target(run, capsys):
+    """A WebP file has it without a prefix, and some programs write it into PNG files as text."""
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    write("a.webp", noise(32, 32, 3), exif=exif)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes())}\n{exif.tobytes().hex()}")
+    write("b.png", noise(32, 32, 3), pnginfo=text)
+    for source in ("a.webp", "b.png"):
+        for ending in ("jpg", "png", "tif", "webp"):
+            target = f"{source[0]}_clean.{ending}"
+            assert run(source, "-o", target, "--sigma", 25) == 0
+            assert Image.open(target).getexif()[0x010F] == "maker", target
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_the_profile_of_a_grey_picture_does_not_go_into_a_format_without_grey(run, capsys):
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[16:20] = b"GRAY"
+    write("a.png", noise(32, 32), icc_profile=bytes(profile))
+    for ending, kept in (("png", True), ("webp", False)):
+        assert run("a.png", "-o", f"b.{ending}", "--sigma", 25) == 0
+        assert ("icc_profile" in Image.open(f"b.{ending}").info) == kept
+        assert ("its colour profile cannot be stored there" in capsys.readouterr().err) != kept
 
 
 @pytest.mark.parametrize("ending", ["jp2", "pgm"])
@@ -846,13 +876,13 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(extra, run, monkeyp
     for name in "ab":
         write(f"in/{name}.png", noise(8, 8, 3))
     flags = [f"--{extra[1:]}"] if extra else []
-    real, theirs = denoise.run, Path(f"out/b{extra}.png")
+    real, theirs = denoise.denoise_pixels, Path(f"out/b{extra}.png")
 
     def slow(*args, **options):
         theirs.write_text("another run's")
         return real(*args, **options)
 
-    monkeypatch.setattr(denoise, "run", slow)
+    monkeypatch.setattr(denoise, "denoise_pixels", slow)
     assert run("in", "-o", "out", "--sigma", 25, *flags) == 1
     assert theirs.read_text() == "another run's"
     assert Image.open("out/a.png").size == (8, 8)
@@ -916,7 +946,7 @@ def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
     model = network(None)._replace(trained=trained)
 
     def doubt(sigma):
-        level = denoise.Level(sigma / 127.5 / 2, 0, 1)
+        level = denoise.Level(sigma / 2, 0, 255)
         result = denoise.Result(clean, level, math.sqrt(3) if grey else 1)
         return denoise.doubt(noisy, result, model, strength=2)
 
@@ -958,10 +988,10 @@ def test_the_sheet_shows_the_strengths_side_by_side(sigma, label):
     asked = []
 
     def denoised(crop, level):
-        asked.append(127.5 * level)
+        asked.append(level)
         return crop // (len(asked) + 1)
 
-    figure = np.asarray(sheets.strengths(array, sigma / 127.5, denoised))
+    figure = np.asarray(sheets.strengths(array, sigma, denoised))
     levels = [sigma * s for s in sheets.STRENGTHS] if label == "strength" else sheets.SIGMAS
     assert asked == pytest.approx(levels)
     size, gap, line = sheets.MIDDLE, sheets.GAP, sheets.LINE

@@ -92,7 +92,7 @@ def test_large_images_go_through_the_network_a_few_at_a_time():
         return x * t[:, None, None, None]
 
     x = torch.randn(3, 3, 512, 500, generator=torch.Generator().manual_seed(0))
-    in_parts = measure.in_precision(model, torch.float32)
+    in_parts = measure.in_precision(model, "float32")
     assert torch.equal(measure.network(in_parts, 10)(x, 0.2), x - 0.2 * x * 2)
     assert seen == [1, 1, 1]
 
@@ -388,7 +388,7 @@ def test_files_that_exist_are_replaced_only_if_asked(untrained, run_script, tmp_
     for option, name in (("--json", "e.json"), ("--markdown", "e.md")):
         (tmp_path / name).write_text("mine")
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate.visualize, "load_run", None)  # it is seen before any work
+            patch.setattr(checkpoint, "load_run", None)  # it is seen before any work
             code, _, err = run_script(option, name)
         assert code == 1 and re.fullmatch(rf"error: {name} exists; .*--overwrite.*\n", err)
         assert (tmp_path / name).read_text() == "mine"
@@ -503,7 +503,7 @@ def test_an_ensemble_is_measured_where_one_is_asked_for(untrained, run_script, p
         found.append(metrics.psnr(x0_hat, x0).item())
         # The same as denoise.py gives.
         network = denoise.load("model/unet32_e0.pth", "cpu", "float32")
-        same = denoise.run(network, x_t[0], 50 / 127.5, ensemble=2).clean
+        same = denoise.denoise_pixels(network, x_t[0], 50, ensemble=2).clean
         torch.testing.assert_close(same, x0_hat[0], rtol=0, atol=1e-4)
     assert report["provenance"]["ensemble"] == 2
     assert report["tables"][0]["rows"][1]["sigma 50"]["mean"] == pytest.approx(np.mean(found), abs=1e-3)
@@ -516,9 +516,9 @@ def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 2
-        whole = measure.of_any_size(model, torch.float32)(x, t)
+        whole = measure.of_any_size(model, "float32")(x, t)
         monkeypatch.setattr(measure, "TILE", 96)
-        tiled = measure.of_any_size(model, torch.float32)(x, t)
+        tiled = measure.of_any_size(model, "float32")(x, t)
     torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4 * whole.std().item())
 
 

@@ -65,5 +65,5 @@ def test_nothing_happens_elsewhere(monkeypatch, system, libc):
     ],
 )
 def test_a_lack_of_memory_is_recognized(error, expected):
-    said = memory.lack(error)
+    said = memory.out_of_memory(error)
     assert said is None if expected is None else expected in said

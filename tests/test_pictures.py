@@ -252,14 +252,16 @@ def test_a_file_that_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch
 def test_pictures_of_phones_and_raw_ones_are_refused_with_what_converts_them(tmp_path, capsys):
     for name, program in (("a.HEIC", "heif-convert"), ("b.cr2", "darktable-cli"), ("c.dng", "RawTherapee")):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(DataError, match=f"{name} is a .* convert it to PNG or TIFF first, .*{program}"):
+        with pytest.raises(
+            DataError, match=f"files such as .*{name} are not read; convert them to PNG or TIFF first, .*{program}"
+        ):
             read(tmp_path / name)
-    with pytest.raises(DataError, match=r"no pictures that can be read: .*convert it"):
+    with pytest.raises(DataError, match=r"no pictures that can be read: .*convert them"):
         image_files(tmp_path)
     Image.new("RGB", (32, 32)).save(tmp_path / "d.png")
     pictures.said.clear()
     assert image_files(tmp_path) == ["d.png"]
-    assert "3 pictures are left out; a.HEIC is a HEIC file" in capsys.readouterr().err
+    assert "3 pictures are left out; HEIC files such as a.HEIC are not read" in capsys.readouterr().err
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -267,3 +269,20 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a" / "x.png")
     (tmp_path / "a" / "back").symlink_to(tmp_path)
     assert image_files(tmp_path) == ["a/x.png"]
+
+
+def test_of_two_ways_to_a_folder_the_same_counts_in_whatever_order_the_disk_lists_them(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "real" / "a.png")
+    (tmp_path / "best").symlink_to(tmp_path / "real")
+    for order in (1, -1):
+        walk = os.walk
+
+        def ordered(*args, order=order, walk=walk, **options):
+            for path, folders, names in walk(*args, **options):
+                folders.sort(reverse=order < 0)
+                yield path, folders, names
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures.os, "walk", ordered)
+            assert pictures.image_files(tmp_path) == ["best/a.png"]

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 import config
+import evaluate
 import overfit
 import train
 import unet
 import visualize
 from config import Setting, whole
-from support import checkpoint, device, figures
+from support import checkpoint, devices, figures
 from support import script as scripts
 
 SCRIPTS = ["train.py", "overfit.py", "visualize.py", "evaluate.py", "denoise.py"]
@@ -141,23 +142,23 @@ def test_the_word_none_undoes_what_a_preset_has_set():
 def test_auto_picks_what_the_hardware_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    cpu = device.pick("auto")
+    cpu = devices.pick("auto")
     assert cpu.type == "cpu"
     for avx512, amx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda a=avx512: a)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda a=amx: a)
-        expected = torch.bfloat16 if avx512 or amx else torch.float32
-        assert device.pick_precision("auto", cpu) == expected
-    assert device.pick_precision("float32", cpu) == torch.float32
-    for capability, expected in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        expected = "bfloat16" if avx512 or amx else "float32"
+        assert devices.pick_precision("auto", cpu) == expected
+    assert devices.pick_precision("float32", cpu) == "float32"
+    for capability, expected in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert device.pick_precision("auto", torch.device("cuda:0")) == expected
+        assert devices.pick_precision("auto", torch.device("cuda:0")) == expected
 
 
 @pytest.mark.parametrize("name", ["hpu:0", "cuda:x", "", "nothing"])
 def test_a_device_that_cannot_be_used_is_refused(name):
     with pytest.raises(config.UserError, match="cannot be used"):
-        device.pick(name)
+        devices.pick(name)
 
 
 def test_a_gpu_that_cannot_compute_is_passed_over_unless_it_was_asked_for(monkeypatch, capsys):
@@ -166,13 +167,13 @@ def test_a_gpu_that_cannot_compute_is_passed_over_unless_it_was_asked_for(monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", no_kernel)
-    assert device.pick("auto") == torch.device("cpu")
+    assert devices.pick("auto") == torch.device("cpu")
     said = capsys.readouterr().err
     assert said == "WARNING: cuda:0 cannot be used (no kernel image is available); using the CPU\n"
     with pytest.raises(config.UserError, match=r"--device cuda:1 cannot be used .*; use another, such as --device cpu"):
-        device.pick("cuda:1")
+        devices.pick("cuda:1")
     with pytest.raises(config.UserError, match=r"--device cuda:1 cannot be used .*; use another, or fewer processes"):
-        device.pick("auto", local_rank=1, world=2)
+        devices.pick("auto", local_rank=1, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +191,12 @@ def test_every_process_has_a_gpu_of_its_own_and_apples_is_for_one(
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))  # whatever there is
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert device.pick(name, rank, processes) == torch.device(expected)
+    assert devices.pick(name, rank, processes) == torch.device(expected)
     with pytest.raises(config.UserError, match="--device mps cannot be used by several processes"):
-        device.pick("mps", 0, 2)
-    assert device.pick_precision("auto", torch.device("mps")) == torch.float32
-    assert device.memory_format("mps") == torch.contiguous_format and device.memory_format("cpu") == torch.channels_last
+        devices.pick("mps", 0, 2)
+    assert devices.pick_precision("auto", torch.device("mps")) == "float32"
+    assert devices.memory_format("mps") == torch.contiguous_format
+    assert devices.memory_format("cpu") == torch.channels_last
 
 
 @pytest.mark.parametrize(
@@ -267,10 +269,10 @@ def test_other_images_are_not_looked_for_where_those_of_the_training_were(monkey
     for dataset, expected in (("auto", "pictures"), ("folder", "pictures"), ("cifar10", "data")):
         typed = {"device", "dataset"} - ({"dataset"} if dataset == "auto" else set())
         cfg = config.defaults(visualize.SETTINGS, dataset=dataset, device="cpu")
-        cfg = visualize.load_run(dataclasses.replace(cfg, given=frozenset(typed)))[-1]
+        cfg = checkpoint.load_run(dataclasses.replace(cfg, given=frozenset(typed)))[-1]
         assert (cfg.dataset, cfg.data_dir) == ("folder" if dataset == "auto" else dataset, expected)
     typed = dataclasses.replace(cfg, data_dir="mine", given=frozenset({"device", "dataset", "data_dir"}))
-    assert visualize.load_run(typed)[-1].data_dir == "mine"
+    assert checkpoint.load_run(typed)[-1].data_dir == "mine"
 
 
 def test_figures_lie_with_their_weights_and_the_limit_of_the_training_is_not_theirs(monkeypatch):
@@ -278,8 +280,18 @@ def test_figures_lie_with_their_weights_and_the_limit_of_the_training_is_not_the
     monkeypatch.setattr(checkpoint, "load_model", lambda *_: (None, trained))
     for given, expected in (((), "mine"), (("out_dir",), "figures")):
         cfg = config.defaults(visualize.SETTINGS, weights="mine/unet32_e0.pth", out_dir="figures", device="cpu")
-        cfg = visualize.load_run(dataclasses.replace(cfg, given=frozenset(given)))[-1]
+        cfg = checkpoint.load_run(dataclasses.replace(cfg, given=frozenset(given)))[-1]
         assert (cfg.out_dir, cfg.dataset, cfg.limit) == (expected, "leaves", None)
+
+
+@pytest.mark.parametrize("script", [visualize, evaluate])
+def test_a_mistyped_folder_is_not_taken_for_the_weights_provided(run_script, script, tmp_path):
+    code, _, err = run_script(script, "--out-dir", tmp_path / "mien", "--device", "cpu")
+    assert (
+        code == 1
+        and err == f"error: there is no folder {tmp_path / 'mien'}; name that of a run, or its --weights too\n"
+    )
+    assert not (tmp_path / "mien").exists()
 
 
 def test_train_then_visualize(run_script, pictures, tmp_path):

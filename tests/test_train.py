@@ -24,7 +24,7 @@ import data
 import diffusion
 import train
 import unet
-from support import checkpoint, device, figures, held_out, loggers, streams
+from support import checkpoint, devices, figures, held_out, loggers, streams
 from support import run as runs
 from support.world import World
 
@@ -402,7 +402,7 @@ def test_a_run_keeps_the_precision_in_which_it_began(run, monkeypatch, capsys):
         return eps_hat
 
     monkeypatch.setattr(unet.UNet, "forward", seen_forward)
-    monkeypatch.setattr(device, "bfloat16_is_fast", lambda: False)
+    monkeypatch.setattr(devices, "bfloat16_is_fast", lambda: False)
     run("--epochs", 1, "--precision", "bfloat16", *SMALL)
     run("--resume", "auto", "--epochs", 2, "--device", "cpu")
     assert seen == {torch.bfloat16} and "goes on in bfloat16" in capsys.readouterr().err
@@ -450,7 +450,7 @@ def test_the_weights_that_a_run_started_from_are_needed_at_its_start_alone(run):
     ):
         run("--init", "first/unet32_e0.pth", "--out-dir", "again", *SMALL)
     with pytest.raises(checkpoint.CheckpointError, match=r"cannot be used: .*; use another one, or --init none"):
-        run("--init", "model/unet32_e1.pth", "--out-dir", "wider", *SMALL, "--t-dim", 16)
+        run("--init", "model/unet32_e1.pth", "--out-dir", "narrower", *SMALL, "--t-dim", 4)
 
 
 def test_a_run_starts_from_the_weights_of_another(run):
@@ -460,6 +460,17 @@ def test_a_run_starts_from_the_weights_of_another(run):
     assert tuned["step"] == 4 and tuned["config"]["init"] == "model/unet32_e0.pth"
     for name, value in first["model"].items():
         assert torch.equal(value, tuned["model"][name])
+
+
+def test_a_wider_network_starts_from_the_weights_of_a_narrower_one(run, capsys):
+    run("--epochs", 1, "--out-dir", "narrow", *SMALL)
+    wider = (*SMALL, "--widths", 6, 6, 12)
+    run("--init", "narrow/unet32_e0.pth", "--lr", 0, "--epochs", 1, *wider)
+    narrow, wide = (checkpoint.load(f"{folder}/unet32_e0.pth") for folder in ("narrow", "model"))
+    assert len(wide["model"]["final.weight"][0]) == 6
+    assert wide["log"][-1]["test_loss"] == pytest.approx(narrow["log"][-1]["test_loss"], rel=1e-3)
+    with pytest.raises(checkpoint.CheckpointError, match=r"cannot be used: .*; use another one, or --init none"):
+        run("--init", "model/unet32_e0.pth", "--out-dir", "narrower", *SMALL)
 
 
 def test_a_run_of_an_earlier_version_goes_on_if_its_network_is_todays(run):

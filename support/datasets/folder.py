@@ -43,7 +43,7 @@ SETTINGS = {
     "crop_size": Setting(SIZE, multiple_of_4, "pixels, height and width of the crops of a folder's pictures"),
     "crops_per_image": Setting(64, whole(1, 100_000), "random crops from each larger training image of a folder"),
     "fresh_crops": Setting(False, bool, "draw the crops anew every epoch; the pictures are held in memory"),
-    "scales": Setting((1.0,), number(float, 0, 1, above=True), "train on copies of this scale, at most 1", "+"),
+    "scales": Setting((1.0,), number(float, 0, 1, above=True), "scales of the copies to train on, at most 1", "+"),
     "skip_bad_images": Setting(False, bool, "leave out unreadable or too small images of a folder, with a count"),
 } | pictures.SETTINGS  # fmt: skip
 

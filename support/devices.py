@@ -16,26 +16,26 @@ SETTINGS = {
 }
 
 
-def pick(name, local_rank=0, world=1):
+def pick(name, local_rank=0, world_size=1):
     """The torch.device of --device; auto: CUDA (this process's own GPU), then Apple's MPS, then the CPU.
 
     Raises UserError if it cannot be used; one process with auto falls back to the CPU with a warning instead.
     """
     auto = name == "auto"
     if auto:
-        mps = torch.backends.mps.is_available() and world == 1  # several processes cannot share Apple's GPU
+        mps = torch.backends.mps.is_available() and world_size == 1  # several processes cannot share Apple's GPU
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name != "cpu" and not name.startswith("cuda") and world > 1:
+    if name != "cpu" and not name.startswith("cuda") and world_size > 1:
         raise UserError(f"--device {name} cannot be used by several processes; use --device cuda or cpu")
-    if name.startswith("cuda") and (name == "cuda" or world > 1):
+    if name.startswith("cuda") and (name == "cuda" or world_size > 1):
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.ones(2, device=device).sum().item()  # a kernel must run: an old GPU can lack it
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        if not auto or world > 1:
-            remedy = "use another, or fewer processes" if world > 1 else "use another, such as --device cpu"
+        if not auto or world_size > 1:
+            remedy = "use another, or fewer processes" if world_size > 1 else "use another, such as --device cpu"
             raise UserError(f"--device {name} cannot be used ({reason}); {remedy}") from None
         print(f"WARNING: {name} cannot be used ({reason}); using the CPU", file=sys.stderr)
         device = torch.device("cpu")
@@ -43,14 +43,14 @@ def pick(name, local_rank=0, world=1):
 
 
 def pick_precision(name, device):
-    """The torch.dtype of --precision; auto: bfloat16 where the hardware multiplies it fast, else float32."""
+    """What --precision stands for; auto: "bfloat16" where the hardware multiplies it fast, else "float32"."""
     if name != "auto":
-        return getattr(torch, name)
+        return name
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         fast = device.type == "cpu" and bfloat16_is_fast()
-    return torch.bfloat16 if fast else torch.float32
+    return "bfloat16" if fast else "float32"
 
 
 def bfloat16_is_fast():
@@ -60,7 +60,7 @@ def bfloat16_is_fast():
 
 def autocast(device, precision):
     """The context in which the network runs; weights, loss and optimizer stay in float32."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
 
 def memory_format(device):
@@ -76,7 +76,7 @@ def describe(device):
     return dict(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         threads=torch.get_num_threads(),
-        bfloat16=pick_precision("auto", device) == torch.bfloat16,
+        bfloat16=pick_precision("auto", device) == "bfloat16",
         python=platform.python_version(),
         torch=str(torch.__version__),
     )
