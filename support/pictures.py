@@ -109,33 +109,43 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
         raise DataError(must_convert(path))
     try:
         with open_picture(path) as image:
-            if image.width * image.height > max_pixels:
-                raise DataError(
-                    f"{path} is {image.width}x{image.height} pixels, more than --max-pixels {max_pixels}; raise that"
-                )
-            drop_unusable_info(image, path)
-            if has_frames(image):
-                note(image, path, "of an animation, or of several pages, only the first picture is read")
-            if misreads(image):
-                raise DataError(f"{path} has colours of 16 bits in separate planes; save it interleaved or compressed")
-            if loses_bits(image):
-                note(image, path, "colours of more than 8 bits are read as 8 bits")
-            scale_transparent_colour(image)
+            before_decoding(image, path, max_pixels)
             image.load()
             drop_unusable_info(image, path)  # what stood after the pixels
-            try:
-                ImageOps.exif_transpose(image, in_place=True)
-                if "Raw profile type exif" in image.info:  # as some programs write it into a PNG file
-                    image.info.setdefault("exif", image.getexif().tobytes())
-            except MemoryError:
-                raise
-            except Exception:
-                pass  # broken EXIF data are no reason to lose the picture
+            turn_upright(image)
             return (convert or rgb)(standard(image, path))
     except (MemoryError, DataError):
         raise
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
         raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
+
+
+def before_decoding(image, path, max_pixels):
+    """What its header tells: the image is refused if it is too large or would be misread, and what is lost is said."""
+    if image.width * image.height > max_pixels:
+        raise DataError(
+            f"{path} is {image.width}x{image.height} pixels, more than --max-pixels {max_pixels}; raise that"
+        )
+    if misreads(image):
+        raise DataError(f"{path} has colours of 16 bits in separate planes; save it interleaved or compressed")
+    drop_unusable_info(image, path)
+    scale_transparent_colour(image)
+    if has_frames(image):
+        note(image, path, "of an animation, or of several pages, only the first picture is read")
+    if loses_bits(image):
+        note(image, path, "colours of more than 8 bits are read as 8 bits")
+
+
+def turn_upright(image):
+    """Turn the image as its EXIF data say, in place."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+        if "Raw profile type exif" in image.info:  # as some programs write it into a PNG file
+            image.info.setdefault("exif", image.getexif().tobytes())
+    except MemoryError:
+        raise
+    except Exception:
+        pass  # broken EXIF data are no reason to lose the picture
 
 
 def size_of(path):
