@@ -76,7 +76,7 @@ def whole_pictures(split, cfg):
 
     named = DATASETS[cfg.dataset].files(split, cfg)
     if cfg.skip_bad_images:
-        named = folder.read_all(split, named, cfg, readable)
+        named = folder.read_all(split, named, cfg, readable, threads=1)  # one picture in memory
     return [functools.partial(read_whole, path, cfg.max_pixels) for _, path in named]
 
 

@@ -3,9 +3,9 @@
     pip install -r requirements-demo.txt
     python demo.py                         then open the address that it prints, http://127.0.0.1:7860
 
-Drop a picture on it: the noise level is estimated, and before and after are compared under one slider. What
-is saved is a PNG file of full size. Nothing leaves the machine; results stay in the system's folder for
-temporary files until the page ends.
+Drop a picture on it: the noise level is estimated, and before and after are compared under one slider. What is saved is
+a PNG file of full size. Nothing leaves the machine; results stay in the system's folder for temporary files until the
+page ends.
 """
 
 import os

@@ -10,9 +10,9 @@ From Python:
     clean = denoise.denoise(image)                         a Pillow image, a NumPy array or a tensor; you get the same
 
 Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data, colour profile and resolution stay where the format has
-them; a picture turned by EXIF is written upright. What Pillow does not give: 16 bits per channel in colour (read as 8),
-the EXIF data of a TIFF, the gamma of a PNG, and of an animation all frames but the first. A large picture goes through
-the network in tiles that give what the whole would.
+them; a picture turned by EXIF is written upright. Lost are depth beyond 8 bits in colour, the EXIF data
+of a TIFF, the gamma of a PNG, and of an animation all frames but the first. A large picture goes through the network in
+tiles that give what the whole would.
 """
 
 import functools
@@ -214,7 +214,7 @@ def extras_of(cfg):
 
 
 def describe(level, given, strength):
-    """The noise level as a text: `sigma 18 (estimated; 16 to 21)`. given: the one that was given, or None."""
+    """The noise level as a text: `sigma 18 (estimated; 16 to 21)`. given: the level that the user gave, or None."""
     found = f"{given:g} (given)" if given else "{} (estimated; {} to {})".format(*map(rounded, level))
     return f"sigma {found}" + (f", times {strength:g}" if strength != 1 else "")
 

@@ -40,7 +40,7 @@ PRESETS = {
                         batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
 }  # fmt: skip
 
-INIT = "checkpoint whose weights to start from, of a network as wide or narrower; none: random ones"
+INIT = "checkpoint whose weights to start from (of a UNet, also of a narrower one); none: random ones"
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
 RECYCLE = "how many of the first epochs begin with new kernels for channels not in use"
 SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
@@ -132,11 +132,12 @@ def start_from(path, model, world):
     if not os.path.exists(path):
         raise UserError(f"--init {path}: there is no such file here; name another, or --init none")
     state = checkpoint.load(path)
-    count = sum(weight.numel() for weight in state["model"].values())
+    narrow = state["model"]
     if type(model) is unet.UNet:
-        state["model"] = widen.widened(state["model"], model)
+        state["model"] = widen.widened(narrow, model)
     checkpoint.load_weights(model, state, path, "use another one, or --init none")
-    world.say(f"weights: {path}, {count:,} parameters")
+    wider = any(weight.shape != narrow[name].shape for name, weight in state["model"].items())
+    world.say(f"starting from {path}{', the weights of a narrower network' if wider else ''}")
 
 
 def check_settings(cfg):

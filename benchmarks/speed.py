@@ -71,7 +71,7 @@ def flops(model, backward):
 
 
 def calls_a_second(f, seconds=2.0):
-    """Calls of f() a second, over at least `seconds`, after some that do not count."""
+    """Calls of f() a second, over at least `seconds`, after at least one that does not count."""
     timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
     return 1 / timer.blocked_autorange(min_run_time=seconds).mean
 

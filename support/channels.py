@@ -50,7 +50,7 @@ def recycle(model, optimizer, x_t, t, random):
 def recycle_block(model, block, optimizer, x_t, t, random):
     """Recycle the closed channels of one block; returns how many there were.
 
-    The bias centres what a new kernel gives, so that the ReLU is open in part of all places.
+    The bias centres the output of a new kernel, so that the ReLU is open in some places and closed in others.
     """
     found = outputs(model, (block.conv2, block.shortcut), x_t, t)
     h, shortcut = found[block.conv2], found[block.shortcut]

@@ -44,8 +44,9 @@ GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 GLOBALS |= {"torch FloatStorage", "torch HalfStorage", "torch LongStorage"}
 KNOWN = unet.SETTINGS | data.SETTINGS | data.NOISE  # the settings by which a network is built, fed and used
 DEEPEST = 10  # levels of dicts and lists inside one another
-WEIGHTS = "checkpoint; None: the newest of out_dir, else the weights provided"
-SETTINGS = {"weights": Setting(None, config.file_name, WEIGHTS)}
+SETTINGS = {
+    "weights": Setting(None, config.file_name, "checkpoint; None: the newest of out_dir, else the weights provided"),
+}
 
 
 class CheckpointError(UserError):
@@ -251,10 +252,10 @@ def load_run(cfg):
     """What --weights names: (path, network, the config it was trained with, cfg).
 
     In the cfg returned, the data settings that were not typed are those the network was trained with, and the figures'
-    folder is that of the weights. Raises CheckpointError.
+    folder is that of the weights. Raises CheckpointError, and UserError if the device cannot be used.
     """
     if cfg.weights is None and "out_dir" in cfg.given and not os.path.isdir(cfg.out_dir):
-        raise NoCheckpointError(f"there is no folder {cfg.out_dir}; name that of a run, or its --weights too")
+        raise NoCheckpointError(f"there is no folder {cfg.out_dir}; name that of a run, or give --weights too")
     weights = choose(cfg.weights, cfg.out_dir)
     model, trained = load_model(weights, pick(cfg.device))
     values = {name: getattr(trained, name) for name in data.SETTINGS.keys() - cfg.given - {"limit"}}

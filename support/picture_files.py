@@ -13,7 +13,7 @@ from support import files, pictures
 DEEP = {".jp2", ".pgm", ".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
 LOSSY = pictures.JPEG | {".webp"}
 PNG_LEVEL = 4  # of zlib: the default, 6, takes three times as long for files that are 2% smaller
-OPAQUE = {".bmp", ".pgm", ".ppm"}  # endings of files to which transparency is lost; JPEG files are refused
+OPAQUE = {".bmp", ".pgm", ".ppm"}  # endings of files that drop the transparency of colours; others have it or refuse
 WITH_METADATA = pictures.JPEG | {".png", ".tif", ".tiff", ".webp"}  # of files that keep profile and EXIF data
 EXIF_PREFIX = b"Exif\0\0"  # of EXIF data in a JPEG file; where it does not belong Pillow takes it off
 # Tags of EXIF data that say how pixels are stored; Pillow would write them into a TIFF file as if they described it.
@@ -110,7 +110,7 @@ def options_for(image, path):
         error = trial(strip, options)
         if error:
             raise pictures.DataError(f"{path} cannot be written ({error}); choose another ending, such as .png")
-    space, lost = b"RGB " if image.mode.startswith("RGB") or ending == ".webp" else b"GRAY", []
+    space, lost = b"RGB " if image.mode.startswith("RGB") else b"GRAY", []
     if image.mode == "I;16" and ending not in DEEP:
         lost.append("depth of 16 bits")
     if image.mode.startswith("RGB") and ending == ".gif":
@@ -122,13 +122,13 @@ def options_for(image, path):
     for key, name in (("icc_profile", "colour profile"), ("exif", "EXIF data")):
         data = image.info.get(key)
         if key == "icc_profile" and data and data[16:20] != space:  # made for other colours than these
-            lost += [name] if ending == ".webp" and data[16:20] == b"GRAY" else []
             continue
         if key == "exif" and data and not data.startswith(EXIF_PREFIX):  # of a WebP file
             data = EXIF_PREFIX + data
         if key == "exif" and data and options["format"] == "TIFF":
             data = without_layout(data)
-        if data and (ending not in WITH_METADATA or trial(strips[0], options | {key: data})):
+        greyless = key == "icc_profile" and space == b"GRAY" and ending == ".webp"  # a WebP file has no grey
+        if data and (greyless or ending not in WITH_METADATA or trial(strips[0], options | {key: data})):
             lost.append(name)
         elif data:
             options[key] = data

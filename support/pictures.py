@@ -88,7 +88,7 @@ def say_once(path, text, kind="note"):
 
 
 def note(image, path, text):
-    """Say it once, and leave it with the image: image.info[NOTES] is a list of such texts."""
+    """Print a note, once for each text, and append it to the list image.info[NOTES]."""
     image.info.setdefault(NOTES, []).append(text)
     say_once(path, text)
 
@@ -109,7 +109,7 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
         raise DataError(must_convert(path))
     try:
         with open_picture(path) as image:
-            before_decoding(image, path, max_pixels)
+            check_header(image, path, max_pixels)
             image.load()
             drop_unusable_info(image, path)  # what stood after the pixels
             turn_upright(image)
@@ -120,8 +120,8 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
         raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
 
 
-def before_decoding(image, path, max_pixels):
-    """What its header tells: the image is refused if it is too large or would be misread, and what is lost is said."""
+def check_header(image, path, max_pixels):
+    """Refuse an image that is too large or would be misread, mend its info, and say what decoding will lose."""
     if image.width * image.height > max_pixels:
         raise DataError(
             f"{path} is {image.width}x{image.height} pixels, more than --max-pixels {max_pixels}; raise that"

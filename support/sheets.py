@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MIDDLE = 200  # pixels of the middle that is enlarged
 STRENGTHS = (0.5, 0.75, 1, 1.25, 1.5, 2, 3)
-SIGMAS = (5, 10, 15, 20, 25, 40, 60)  # in place of multiples of next to nothing
+SIGMAS = (5, 10, 15, 20, 25, 40, 60)  # 0-255 scale; in place of multiples of next to nothing
 GAP, LINE, FONT = 12, 24, 17  # pixels between pictures, of a label, of its letters
 LEAST_WIDTH = 270  # pixels of a label
 

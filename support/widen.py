@@ -1,7 +1,7 @@
 """A wider UNet that begins as a trained one: train.py --init with larger --widths or --t-dim.
 
-The channels that it has beyond the trained network's keep their random kernels, but nothing else listens to them yet:
-their outgoing weights begin at zero. So the network computes what the trained one does, and every channel can learn.
+The channels that it has beyond the trained network's keep their random kernels, but the weights by which the old ones
+would use them begin at zero. So the network computes what the trained one does, and every channel can learn.
 """
 
 # Layers whose input is a concatenation, of which each half grows by itself.
@@ -28,11 +28,12 @@ def widened(weights, model):
         rows = target[: len(narrow)]  # the outputs that the narrow network has
         rows.zero_()
         parts = 2 if name in CONCATENATED else 1
-        for place, part in zip(rows.chunk(parts, dim=1), narrow.chunk(parts, dim=1)):
-            place[:, : part.shape[1]] = part
+        for wide_part, part in zip(rows.chunk(parts, dim=1), narrow.chunk(parts, dim=1)):
+            wide_part[:, : part.shape[1]] = part
     return wide
 
 
 def exceeds(narrow, wide):
-    """Whether a tensor does not fit into another."""
-    return narrow.dim() != wide.dim() or any(a > b for a, b in zip(narrow.shape, wide.shape))
+    """Whether a tensor does not fit into another, by its kind or its shape."""
+    same = narrow.is_floating_point() == wide.is_floating_point() and narrow.dim() == wide.dim()
+    return not same or any(a > b for a, b in zip(narrow.shape, wide.shape))

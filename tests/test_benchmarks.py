@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -189,6 +190,15 @@ def test_both_loops_print_what_speed_reads(run, pictures, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak memory is read from /proc")
+def test_the_rates_of_matrix_products_and_of_inference(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 1 / 0.2 < speed.calls_a_second(lambda: time.sleep(0.005), seconds=0.05) < 1 / 0.005
+    monkeypatch.setattr(unet, "UNet", tiny)
+    monkeypatch.setattr(speed, "calls_a_second", lambda f: 3.0 if f() is not None else 0)
+    assert speed.matrix_rate("bfloat16", cpu) == 3 * 2 * 2048**3
+    assert speed.inference_rate("float32", cpu) == 3 * 250
+
+
 def test_a_measured_training(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = (*SMALL, "--dataset", "folder", "--data-dir", pictures, "--out-dir", tmp_path / "model")

@@ -287,10 +287,7 @@ def test_figures_lie_with_their_weights_and_the_limit_of_the_training_is_not_the
 @pytest.mark.parametrize("script", [visualize, evaluate])
 def test_a_mistyped_folder_is_not_taken_for_the_weights_provided(run_script, script, tmp_path):
     code, _, err = run_script(script, "--out-dir", tmp_path / "mien", "--device", "cpu")
-    assert (
-        code == 1
-        and err == f"error: there is no folder {tmp_path / 'mien'}; name that of a run, or its --weights too\n"
-    )
+    assert code == 1 and re.fullmatch("error: there is no folder .*mien; name that of a run, or .*--weights too\n", err)
     assert not (tmp_path / "mien").exists()
 
 

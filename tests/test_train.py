@@ -439,9 +439,10 @@ def test_a_run_resumed_by_name_goes_on_in_the_folder_of_its_checkpoint(run):
     assert not Path("model").exists()
 
 
-def test_the_weights_that_a_run_started_from_are_needed_at_its_start_alone(run):
+def test_the_weights_that_a_run_started_from_are_needed_at_its_start_alone(run, capsys):
     run("--epochs", 1, "--out-dir", "first", *SMALL)
     run("--init", "first/unet32_e0.pth", "--epochs", 1, *SMALL)
+    assert "starting from first/unet32_e0.pth\n" in capsys.readouterr().out
     Path("first/unet32_e0.pth").unlink()
     run("--resume", "auto", "--epochs", 2, "--device", "cpu")
     assert checkpoint.load("model/unet32_e1.pth")["step"] == 8
@@ -466,6 +467,7 @@ def test_a_wider_network_starts_from_the_weights_of_a_narrower_one(run, capsys):
     run("--epochs", 1, "--out-dir", "narrow", *SMALL)
     wider = (*SMALL, "--widths", 6, 6, 12)
     run("--init", "narrow/unet32_e0.pth", "--lr", 0, "--epochs", 1, *wider)
+    assert "starting from narrow/unet32_e0.pth, the weights of a narrower network\n" in capsys.readouterr().out
     narrow, wide = (checkpoint.load(f"{folder}/unet32_e0.pth") for folder in ("narrow", "model"))
     assert len(wide["model"]["final.weight"][0]) == 6
     assert wide["log"][-1]["test_loss"] == pytest.approx(narrow["log"][-1]["test_loss"], rel=1e-3)

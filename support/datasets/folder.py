@@ -142,8 +142,8 @@ def hold_out(names):
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_all(split, named, cfg, read):
-    """[read(name, path)] of all files, in several threads. A DataError ends it, or that file is left out."""
+def read_all(split, named, cfg, read, threads=None):
+    """[read(name, path)] of all files, by default in a thread a core. A DataError ends it, or that file is left out."""
 
     def read_or_none(item):
         try:
@@ -153,7 +153,7 @@ def read_all(split, named, cfg, read):
                 raise DataError(f"{error}, or add --skip-bad-images") from None
             return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         results = pool.map(read_or_none, named)
         progress = tqdm(results, f"reading {split} images", len(named), delay=2, leave=False, mininterval=1)
         good = [result for result in progress if result is not None]
