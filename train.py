@@ -23,7 +23,7 @@ import data
 import diffusion
 import unet
 from config import Setting, UserError, real, whole
-from support import channels, checkpoint, devices, memory, muon, real_noise, script, streams, widen
+from support import channels, checkpoint, devices, memory, muon, real_noise, script, streams
 from support.held_out import channels_in_use, held_out_loss
 from support.loggers import LOGGERS
 from support.run import Run, begin, load_images
@@ -40,13 +40,12 @@ PRESETS = {
                         batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
 }  # fmt: skip
 
-INIT = "checkpoint whose weights to start from (of a UNet, also of a narrower one); none: random ones"
 RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
 RECYCLE = "how many of the first epochs begin with new kernels for channels not in use"
 SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "the recipe whose defaults to use"),
-    "init":                Setting(None, config.file_name, INIT),
+    "init":                Setting(None, config.file_name, "checkpoint whose weights to start from; none: random ones"),
     "optimizer":           Setting("muon", ("muon", "adamw"), "Muon for the matrices and AdamW for the rest; or AdamW"),
     "epochs":              Setting(10, whole(), "passes over the training images; the schedule spans them"),
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
@@ -128,16 +127,11 @@ def make_optimizer(cfg, model):
 
 
 def start_from(path, model, world):
-    """Give the network the weights of a checkpoint, which may be of a narrower one. Raises UserError."""
+    """Give the network the weights of a checkpoint. Raises UserError."""
     if not os.path.exists(path):
         raise UserError(f"--init {path}: there is no such file here; name another, or --init none")
-    state = checkpoint.load(path)
-    narrow = state["model"]
-    if type(model) is unet.UNet:
-        state["model"] = widen.widened(narrow, model)
-    checkpoint.load_weights(model, state, path, "use another one, or --init none")
-    wider = any(weight.shape != narrow[name].shape for name, weight in state["model"].items())
-    world.say(f"starting from {path}{', the weights of a narrower network' if wider else ''}")
+    checkpoint.load_weights(model, checkpoint.load(path), path, "use another one, or --init none")
+    world.say(f"starting from {path}")
 
 
 def check_settings(cfg):
