@@ -3,9 +3,9 @@
     python -m benchmarks.fit_noise_level --data-dir data/photographs -o new.pth
 
 Every training picture of the folder gets noise of random kinds: of any level, white or correlated across pixels and
-channels, the same everywhere or that of a sensor; then it is perhaps resized or sharpened, and perhaps compressed as
-JPEG. The level to be found is the true one in flat places, benchmarks.noise_level.true_sigma. Prints the errors on the
-held-out pictures.
+channels, the same everywhere or that of a sensor, perhaps of one colour a pixel; then it is perhaps resized or
+sharpened, and perhaps compressed as JPEG. The level to be found is the true one in flat places,
+benchmarks.noise_level.true_sigma. Prints the errors on the held-out pictures.
 """
 
 import os
@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 import config
 import data
-from benchmarks.noise_level import blur, colour, shot_and_read, to_8_bits, true_sigma, white
+from benchmarks.noise_level import blur, colour, demosaiced, shot_and_read, to_8_bits, true_sigma, white
 from config import REQUIRED, Setting, UserError, name_ending, whole
 from support import checkpoint, files, noise_level, script
 from support.real_noise import through_jpeg
 
 SETTINGS = data.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
-    "copies": Setting(60, whole(), "versions of every training picture, each with other noise"),
-    "epochs": Setting(80, whole(), "passes over them"),
+    "copies": Setting(160, whole(), "versions of every training picture, each with other noise"),
+    "epochs": Setting(40, whole(), "passes over them"),
     "output": Setting(REQUIRED, name_ending(".pth"), "file to write, which must not exist", flag="-o"),
 }  # fmt: skip
 BATCH = 128
@@ -88,9 +88,12 @@ def example(picture, seed):
     """(statistics, true level) of the picture (3, H, W), uint8, with random noise; None if there are no statistics."""
     random = np.random.default_rng(seed)
     clean = scene(picture, random)
-    sigma = np.exp(random.uniform(np.log(1), np.log(90))) * (random.random() > 0.06)  # a few have none
-    add = shot_and_read if random.random() < 0.3 else white
-    noisy = to_8_bits(add(clean.astype(float), sigma, noise_like(clean, random)))
+    highest = 12 if random.random() < 0.4 else 90  # weak noise is the hardest to tell from texture
+    sigma = np.exp(random.uniform(np.log(1), np.log(highest))) * (random.random() > 0.06)  # a few have none
+    camera = random.random() < 0.15
+    noise = demosaiced(random.standard_normal(clean.shape)) if camera else noise_like(clean, random)
+    add = shot_and_read if random.random() < (0.7 if camera else 0.3) else white
+    noisy = to_8_bits(add(clean.astype(float), sigma, noise))
     process = processed(random)
     clean, noisy = process(clean), process(noisy)
     if random.random() < 0.45:

@@ -164,7 +164,7 @@ def blockiness(parts, axis):
 class Regression(nn.Module):
     """Statistics (B, STATISTICS) -> logarithms of the level, 0-255 scale, (B, 3), see OUTPUTS, `from_logarithm`."""
 
-    def __init__(self, width=128):
+    def __init__(self, width=256):
         super().__init__()
         self.register_buffer("mean", torch.zeros(STATISTICS))
         self.register_buffer("std", torch.ones(STATISTICS))
