@@ -10,9 +10,9 @@ From Python:
     clean = denoise.denoise(image)                         a Pillow image, a NumPy array or a tensor; you get the same
 
 Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data, colour profile and resolution stay where the format has
-them; a picture turned by EXIF is written upright. Lost are depth beyond 8 bits in colour, the EXIF data
-of a TIFF, the gamma of a PNG, and of an animation all frames but the first. A large picture goes through the network in
-tiles that give what the whole would.
+them; a picture turned by EXIF is written upright. Lost are depth beyond 8 bits in colour, the EXIF data of a TIFF, the
+gamma of a PNG, and of an animation all frames but the first. A large picture goes through the network in tiles that
+give what the whole would.
 """
 
 import functools
@@ -141,8 +141,8 @@ def denoise_pixels(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
         gain = 1.0 if knows_equal_noise(network.trained) else math.sqrt(3)
         source, model = noisy[:1], diffusion.grey(model, T, gain)
     level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
-    assumed = strength * (level.sigma / GREY_LEVELS)
-    t = diffusion.t_of(torch.tensor([assumed], dtype=torch.float32, device=network.device), T)
+    told = torch.tensor([strength * (level.sigma / GREY_LEVELS)], dtype=torch.float32, device=network.device)
+    t = diffusion.t_of(told, T)
     # Tiles in tiles: the outer ones, with a margin for every step, bound the memory of a whole denoising, the inner
     # ones that of one call of the network. With one step they coincide.
     in_tiles = tiles.tiled(diffusion.self_ensemble(model, ensemble), size, margin)

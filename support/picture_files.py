@@ -15,7 +15,7 @@ LOSSY = pictures.JPEG | {".webp"}
 PNG_LEVEL = 4  # of zlib: the default, 6, takes three times as long for files that are 2% smaller
 OPAQUE = {".bmp", ".pgm", ".ppm"}  # endings of files that drop the transparency of colours; others have it or refuse
 WITH_METADATA = pictures.JPEG | {".png", ".tif", ".tiff", ".webp"}  # of files that keep profile and EXIF data
-EXIF_PREFIX = b"Exif\0\0"  # of EXIF data in a JPEG file; where it does not belong Pillow takes it off
+METADATA = {"icc_profile": "colour profile", "exif": "EXIF data"}  # {key in an image's info: its name}
 # Tags of EXIF data that say how pixels are stored; Pillow would write them into a TIFF file as if they described it.
 LAYOUT = {*range(254, 267), *range(273, 282), 284, *range(317, 348), *range(512, 533)}
 
@@ -110,33 +110,36 @@ def options_for(image, path):
         error = trial(strip, options)
         if error:
             raise pictures.DataError(f"{path} cannot be written ({error}); choose another ending, such as .png")
-    space, lost = b"RGB " if image.mode.startswith("RGB") else b"GRAY", []
+    coloured, lost = image.mode.startswith("RGB"), []
     if image.mode == "I;16" and ending not in DEEP:
         lost.append("depth of 16 bits")
-    if image.mode.startswith("RGB") and ending == ".gif":
+    if coloured and ending == ".gif":
         lost.append("colours beyond 256")
     if image.has_transparency_data and (ending in OPAQUE or (image.mode == "LA" and ending == ".gif")):
         lost.append("transparency")
     elif image.has_transparency_data and ending == ".gif" and any(image.getchannel("A").histogram()[1:255]):
         lost.append("partial transparency")
-    for key, name in (("icc_profile", "colour profile"), ("exif", "EXIF data")):
-        data = image.info.get(key)
-        if key == "icc_profile" and data and data[16:20] != space:  # made for other colours than these
-            continue
-        if key == "exif" and data and not data.startswith(EXIF_PREFIX):  # of a WebP file
-            data = EXIF_PREFIX + data
-        if key == "exif" and data and options["format"] == "TIFF":
-            data = without_layout(data)
-        greyless = key == "icc_profile" and space == b"GRAY" and ending == ".webp"  # a WebP file has no grey
-        if data and (greyless or ending not in WITH_METADATA or trial(strips[0], options | {key: data})):
-            lost.append(name)
-        elif data:
+    for key, data in metadata_of(image, options["format"]).items():
+        greyless = key == "icc_profile" and not coloured and ending == ".webp"  # a WebP file has no grey
+        if greyless or ending not in WITH_METADATA or trial(strips[0], options | {key: data}):
+            lost.append(METADATA[key])
+        else:
             options[key] = data
     dpi = image.info.get("dpi")
     # A PNG text chunk of that name is no tuple.
     if isinstance(dpi, tuple) and not trial(strips[0], options | {"dpi": dpi}):
         options["dpi"] = dpi
     return options, lost
+
+
+def metadata_of(image, kind):
+    """What the image has of METADATA, as a file of this kind, Pillow's format, needs it: {key: bytes}."""
+    found = {key: image.info[key] for key in METADATA if image.info.get(key)}
+    if found.get("icc_profile", b"")[16:20] != (b"RGB " if image.mode.startswith("RGB") else b"GRAY"):
+        found.pop("icc_profile", None)  # it was made for other colours than these
+    if "exif" in found and kind == "TIFF":
+        found["exif"] = without_layout(found["exif"])
+    return found
 
 
 def without_layout(exif):
@@ -154,7 +157,7 @@ def without_layout(exif):
 def bare(image, path):
     """The image without its info, which some of Pillow's encoders write unasked, in a depth that the format has, and
     with 16 bits in the range that it was read in, see pictures.read."""
-    white, image.info = image.info.get("white"), {}
+    white, image.info = image.info.get(pictures.WHITE), {}
     if image.mode == "I;16" and path.suffix.lower() not in DEEP:
         return pictures.to_8_bits(image)
     if image.mode == "I;16" and white:

@@ -30,7 +30,8 @@ CONVERTERS |= dict.fromkeys([".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw"], "d
 CONVERTERS |= dict.fromkeys([".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"], "darktable-cli or RawTherapee")
 # Values of a TIFF file's tags SampleFormat, PhotometricInterpretation and PlanarConfiguration.
 SIGNED, WHITE_IS_ZERO, SEPARATE = 2, 0, 2
-NOTES = object()  # a key that no file can put into an image's info
+NOTES, WHITE = object(), object()  # keys that no file can put into an image's info, see `read`
+EXIF_PREFIX = b"Exif\0\0"  # of EXIF data in a JPEG file; a WebP file has them without
 said = set()  # texts that were printed, so that a folder of a thousand such files prints one line
 
 
@@ -100,9 +101,9 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
     """convert(the picture in a file as an upright Pillow image); by default a uint8 array (H, W, 3), see rgb.
 
     The image's mode is one that Pillow converts to RGB correctly, or I;16 with the full range 0 ... 65535 for grey of
-    more than 8 bits; info["white"] is the value that 65535 had in the file, where that is a guess. What is lost or
-    assumed is printed, once for each kind, and is in info[NOTES]. Raises DataError if the file cannot be read or has
-    more than max_pixels, which are looked up before any is decoded.
+    more than 8 bits; info[WHITE] is the value that 65535 had in the file, where that is a guess. What is lost or
+    assumed is printed, once for each kind, and is in info[NOTES]; info["exif"] begins with EXIF_PREFIX. Raises
+    DataError if the file cannot be read or has more than max_pixels, which are looked up before any is decoded.
     """
     path = Path(path)
     if path.suffix.lower() in CONVERTERS:
@@ -137,7 +138,10 @@ def check_header(image, path, max_pixels):
 
 
 def turn_upright(image):
-    """Turn the image as its EXIF data say, in place."""
+    """Turn the image as its EXIF data say, in place, and leave them as a JPEG file has them."""
+    exif = image.info.get("exif")
+    if exif and not exif.startswith(EXIF_PREFIX):
+        image.info["exif"] = EXIF_PREFIX + exif
     try:
         ImageOps.exif_transpose(image, in_place=True)
         if "Raw profile type exif" in image.info:  # as some programs write it into a PNG file
@@ -167,11 +171,10 @@ def open_picture(path):
 
 
 def drop_unusable_info(image, path):
-    """Remove what a PNG text chunk or a broken profile put where binary data are expected, and what `read` sets."""
+    """Remove what a PNG text chunk or a broken profile put where binary data are expected."""
     for name in ("exif", "transparency"):
         if isinstance(image.info.get(name), str):
             del image.info[name]
-    image.info.pop("white", None)
     if "icc_profile" in image.info and not is_profile(image.info["icc_profile"]):
         del image.info["icc_profile"]
         note(image, path, "its colour profile is damaged and is ignored")
@@ -260,7 +263,7 @@ def full_range(image, tags, path):
     elif highest < 2**12 and highest and image.format != "PPM":  # which says its range
         white = 2**8 - 1 if highest < 2**8 else 2**12 - 1  # as many cameras and microscopes write into 16 bits
         note(image, path, f"no grey value of 16 bits is above {white}, which is taken as white")
-        image.info["white"] = white  # so that it is written with values like those that were read
+        image.info[WHITE] = white  # so that it is written with values like those that were read
     else:
         white = 2**16 - 1
     if tags.get(Tag.PhotometricInterpretation) == WHITE_IS_ZERO:

@@ -43,13 +43,15 @@ def test_every_kind_of_noise(picture, kind, sigma):
     assert found(noisy)[0] == pytest.approx(benchmark.true_sigma(picture, noisy), rel=0.15, abs=0.6)
 
 
-def test_the_range_holds_the_level_nine_times_out_of_ten(picture):
-    inside = []
+def test_the_range_holds_the_level(picture):
+    """Nine times out of ten is the promise; on so simple a picture more often."""
+    outside = []
     for kind, sigma in itertools.product(benchmark.KINDS, (5, 10, 20, 40)):
         noisy = benchmark.degrade(kind, picture, sigma)
         _, low, high = found(noisy)
-        inside.append(low <= benchmark.true_sigma(picture, noisy) <= high)
-    assert np.mean(inside) >= 0.9
+        if not low <= benchmark.true_sigma(picture, noisy) <= high:
+            outside.append((kind, sigma))
+    assert len(outside) <= 1, outside
 
 
 @pytest.mark.parametrize("kind", ["white", "blurred 0.8", "JPEG 95"])
