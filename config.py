@@ -36,8 +36,8 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except (ValueError, OverflowError):
             value = math.nan
-        fits = low < value <= high if above else low <= value <= high  # not-a-number does not
-        if not fits or math.isinf(value):
+        in_range = low < value <= high if above else low <= value <= high  # not-a-number is not
+        if not in_range or math.isinf(value):
             what = "a whole number" if kind is int else "a number"
             limits = f"{'above' if above else 'of at least'} {low}"
             limits += f" and at most {high}" if high < math.inf else ""
@@ -63,7 +63,7 @@ positive = number(float, 0, above=True)
 def file_name(text):
     """Converter: a file's or folder's name, which must not be empty."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError("must be a name, not empty")
+        raise argparse.ArgumentTypeError("must be the name of a file or folder, not empty")
     return text
 
 
@@ -97,17 +97,22 @@ def parse(doc, settings, presets=None, argv=None):
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for key, setting in settings.items():
         add_argument(parser, key, setting)
-    given = vars(parser.parse_args(argv))
-    given = {key: as_tuple(value) for key, value in given.items()}
-    cfg = defaults(settings, **{**(presets or {}).get(given.get("preset"), {}), **given})
+    given = {key: as_tuple(value) for key, value in vars(parser.parse_args(argv)).items()}
+    preset = (presets or {}).get(given.get("preset"), {})
+    cfg = defaults(settings, **(preset | given))
     changed = [
         f"{key}={getattr(cfg, key)}"
         for key, setting in settings.items()
         if setting.default not in (getattr(cfg, key), REQUIRED)
     ]
-    if changed and os.environ.get("RANK", "0") == "0":
+    if changed and is_main_process():
         print("settings:", *changed)
     return dataclasses.replace(cfg, given=frozenset(given))
+
+
+def is_main_process():
+    """Whether this process is the only one, or the one of those that torchrun starts which prints and saves."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def add_argument(parser, key, setting):
@@ -122,7 +127,7 @@ def add_argument(parser, key, setting):
     elif isinstance(setting.kind, tuple):
         options |= dict(choices=setting.kind, nargs=setting.count)
     else:
-        metavar = "N" if isinstance(setting.count, int) else key.split("_")[-1].upper()
+        metavar = "N" if isinstance(setting.count, int) else key.upper()
         kind = or_none(setting.kind) if setting.default is None and not setting.count else setting.kind
         options |= dict(type=kind, nargs=setting.count, metavar=metavar)
     parser.add_argument(*filter(None, [setting.flag, flag_of(key)]), **options)
@@ -155,7 +160,7 @@ def allows(setting, value):
     if value is None:
         return setting.default is None
     if setting.count:
-        if not isinstance(value, list | tuple) or not fits(setting.count, len(value)):
+        if not isinstance(value, list | tuple) or not right_count(setting.count, len(value)):
             return False
         return all(allows(setting._replace(count=None, default=REQUIRED), item) for item in value)
     if setting.kind is bool:
@@ -170,6 +175,6 @@ def allows(setting, value):
         return False
 
 
-def fits(count, given):
+def right_count(count, given):
     """Whether `given` values are as many as `count`, argparse's nargs, asks for."""
     return given == count if isinstance(count, int) else given > 0 or count == "*"

@@ -24,12 +24,13 @@ TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
     "dataset": Setting("auto", ("auto", *DATASETS), "auto: cifar10 if it is there or can be downloaded, else leaves"),
     "data_dir": Setting("data", file_name, "folder the images are in, or are downloaded or cached to"),
-    "limit": Setting(None, whole(), "use at most this many images of each split (fresh_crops: pictures); None: all"),
+    "limit": Setting(None, whole(), "use at most this many images of each split (--fresh-crops: pictures); None: all"),
 } | {key: setting for module in DATASETS.values() for key, setting in module.SETTINGS.items()}  # fmt: skip
-NOISE = {
+TRAINING_ONLY = {"crops_per_image", "fresh_crops", "scales"}  # settings that do nothing to test images
+NOISE_SETTINGS = {
     "continuous_t": Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
     "sigma_range": Setting(None, real(0, 127), "lowest and highest sigma, 0-255; None: those of the steps", 2),
-    "sigma_power": Setting(0.0, real(0, 9), "density of the levels in sigma_range: sigma to this power"),
+    "sigma_power": Setting(0.0, real(0, 9), "density of the levels in --sigma-range: sigma to this power"),
     "noise": Setting("white", ("white", "mixed"), "mixed: some of it correlated, some through JPEG"),
     "noise_shares": Setting((0.25, 0.1), real(0, 1), "mixed: share of correlated noise, share of JPEG", 2),
 }
@@ -102,7 +103,7 @@ def fingerprint(*splits):
 
 
 def scale(images):
-    """uint8 images as float32 in [-1, 1]."""
+    """Images on the 0-255 scale as float32 in [-1, 1]."""
     return (images.float() / diffusion.GREY_LEVELS - 1).contiguous(memory_format=memory_format(images.device))
 
 
@@ -142,7 +143,7 @@ def draw_noise(shape, cfg, device, step):
 
     cfg.sigma_range, two levels on the 0-255 scale: sigma lies between them, with a density proportional to
     sigma ** cfg.sigma_power, and t is real. Else cfg.continuous_t: each integer plus a uniform number from -1/2 to 1/2.
-    cfg.noise "mixed": see real_noise.correlate.
+    cfg.noise "mixed": see real_noise.correlate; its JPEG part needs x0, see draw_qualities and real_noise.compress.
     """
     T, random = cfg.noise_steps, streams.generator(device, cfg.seed, streams.NOISE, step)
     # Drawn even where it is replaced below, so that eps is the same however t is drawn.
@@ -172,7 +173,7 @@ def draw_qualities(cfg, step):
 
 
 def held_out_noise(images, start):
-    """Standard Gaussian noise for TEST_BATCH test images or fewer, of which the first is the start-th.
+    """Standard Gaussian noise for the batch of at most TEST_BATCH test images that begins at `start`.
 
     An image's noise follows from its place alone, on every kind of device: it is drawn on the CPU, for a whole batch.
     """

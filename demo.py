@@ -12,8 +12,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
-
 import config
 import denoise
 from config import Setting, UserError, whole
@@ -27,7 +25,7 @@ except ImportError:
     gr = None
 
 SETTINGS = {
-    "port": Setting(None, whole(1, 65535), "of the page; None: the first that is free from 7860 on"),
+    "port": Setting(None, whole(1, 65535), "port of the page; None: the first that is free from 7860 on"),
 } | {key: denoise.SETTINGS[key] for key in ("weights", "max_pixels", "device", "precision")}  # fmt: skip
 
 SHOWN = 2000  # pixels, height and width of the largest picture that is sent to the browser; larger ones are reduced
@@ -38,14 +36,14 @@ def clean(path, estimated, sigma, strength, network, max_pixels, folder):
 
     sigma: on the 0-255 scale, ignored if it is to be estimated. Raises UserError.
     """
-    image = pictures.read(path, max_pixels, pixels.writable)
+    image = pictures.read(path, max_pixels, pixels.to_supported_mode)
     target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(path).stem[:60]}_denoised.png"
     options, _ = picture_files.options_for(image, target)
     noisy, pack = pixels.unpack(image)
     given = None if estimated else sigma
     result = denoise.denoise_pixels(network, noisy, given, strength)
     picture_files.write(pack(result.clean), target, options, overwrite=True)
-    notes = [denoise.describe(result.level, given, strength), *image.info.get(pictures.NOTES, [])]
+    notes = [denoise.describe(result.level, given, strength), *image.info.get(pictures.NOTES_KEY, [])]
     if doubt := denoise.doubt(noisy, result, network, strength):
         notes.append(doubt.replace("--sigma", "sigma").replace("--strength", "strength"))  # as the sliders are named
     if max(image.size) > SHOWN:
@@ -68,7 +66,7 @@ def page(network, max_pixels, folder):
         except (UserError, OSError) as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or memory.out_of_memory(error)):
+            if not memory.out_of_memory(error):
                 raise
             text = "there is not enough memory for this picture; use a smaller one"
             raise gr.Error(text, duration=None, print_exception=False) from None

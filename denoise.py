@@ -1,7 +1,7 @@
 """Denoise picture files with a trained network. No input is ever overwritten.
 
     python denoise.py noisy.png -o clean.png               the noise level is estimated from the picture, and printed
-    python denoise.py a.png b.jpg -o clean/ --sigma 25     it is known: a standard deviation of 25 on the 0-255 scale
+    python denoise.py a.png b.jpg -o clean/ --sigma 25     known: a standard deviation of 25 on the 0-255 scale
     python denoise.py photos -o clean --compare            a folder and all below it, and before-after figures
     python denoise.py noisy.png -o clean.png --sheet       and a sheet of its centre at several strengths
 
@@ -43,7 +43,7 @@ from support import (
 )
 from support.noise_level import Level
 
-LARGEST = 1000
+LARGEST = 1000  # of sigma, on the 0-255 scale, and of strength
 up_to_largest = number(float, 0, LARGEST, above=True)
 SETTINGS = {
     "inputs": Setting(REQUIRED, file_name, "picture files, or folders of them", count="+"),
@@ -92,7 +92,7 @@ def denoise(image, sigma=None, strength=1, weights=None, ensemble=1):
 
 class Network(NamedTuple):
     model: Any
-    trained: Any  # the settings of its training
+    train_cfg: Any  # the settings of its training
     path: Path
     device: torch.device
     precision: str  # see devices.pick_precision
@@ -112,9 +112,9 @@ def load(weights=None, device="auto", precision="auto"):
 def load_once(path, changed, device, precision):
     """changed: the file's modification time, ns, or None; part of the cache's key and nothing else."""
     device = devices.pick(device)
-    model, trained = checkpoint.load_model(path, device)
+    model, train_cfg = checkpoint.load_model(path, device)
     margin = tiles.margin_of(tiles.receptive_field(model))
-    return Network(model, trained, path, device, devices.pick_precision(precision, device), margin)
+    return Network(model, train_cfg, path, device, devices.pick_precision(precision, device), margin)
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------
@@ -133,12 +133,13 @@ def denoise_pixels(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     memory use is bounded. Raises UserError if the network cannot work in tiles and the picture has more than WHOLE
     pixels.
     """
-    model, T, margin, size = network.model, network.trained.noise_steps, network.margin, TILE[network.precision]
+    model, T = network.model, network.train_cfg.noise_steps
+    margin, size = network.margin, TILE[network.precision]
     if margin == math.inf and noisy[0].numel() > WHOLE:
         raise UserError(f"{network.path} must see a picture as a whole, of at most {WHOLE:,} pixels; use other weights")
     gain, source = 1.0, noisy
     if is_grey(noisy):
-        gain = 1.0 if knows_equal_noise(network.trained) else math.sqrt(3)
+        gain = 1.0 if knows_equal_noise(network.train_cfg) else math.sqrt(3)
         source, model = noisy[:1], diffusion.grey(model, T, gain)
     level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
     told = torch.tensor([strength * (level.sigma / GREY_LEVELS)], dtype=torch.float32, device=network.device)
@@ -164,15 +165,15 @@ def is_grey(noisy):
     return all(torch.equal(plane, noisy[0]) for plane in noisy[1:])
 
 
-def knows_equal_noise(trained):
+def knows_equal_noise(train_cfg):
     """Whether a network has seen noise that is nearly equal in all channels, see real_noise.correlate."""
-    return trained.noise == "mixed" and trained.noise_shares[0] > 0
+    return train_cfg.noise == "mixed" and train_cfg.noise_shares[0] > 0
 
 
 @torch.inference_mode()
 def level_of(source, network, model, gain):
     """The estimated Level of the noise in pixels (C, H, W). model: that of such images; gain: see diffusion.grey."""
-    T = network.trained.noise_steps
+    T = network.train_cfg.noise_steps
     highest = diffusion.t_of(diffusion.sigma_of(T, T) / gain, T)  # beyond, the network would be told more than it knows
     array = (source if source.dtype in pixels.WHITE else source.float()).cpu().numpy()
     knows_t = getattr(network.model, "knows_t", True)
@@ -185,22 +186,22 @@ def level_of(source, network, model, gain):
 
 def denoise_file(source, target, network, cfg):
     """Denoise a picture file, and print its noise level and what makes the result doubtful."""
-    image = pictures.read(source, cfg.max_pixels, pixels.writable)
+    image = pictures.read(source, cfg.max_pixels, pixels.to_supported_mode)
     options, lost = picture_files.options_for(image, target)
     noisy, pack = pixels.unpack(image)
     del image  # of a large picture, memory that the network needs
     result = denoise_pixels(network, noisy, cfg.sigma, cfg.strength, cfg.steps, cfg.ensemble)
     picture_files.write(pack(result.clean), target, options, cfg.overwrite)
-    draw = {
-        "compare": lambda: sheets.before_after(noisy, result.clean),
-        "sheet": lambda: sheets.strengths(
-            noisy,
-            result.level.sigma,
-            lambda x, sigma: denoise_pixels(network, x, sigma, steps=cfg.steps, ensemble=cfg.ensemble).clean,
-        ),
-    }
+
+    def at_level(x, sigma):
+        return denoise_pixels(network, x, sigma, steps=cfg.steps, ensemble=cfg.ensemble).clean
+
     for extra in extras_of(cfg):
-        picture_files.write(draw[extra](), picture_files.beside(target, extra), {"format": "PNG"}, cfg.overwrite)
+        if extra == "compare":
+            figure = sheets.before_after(noisy, result.clean)
+        else:
+            figure = sheets.strengths(noisy, result.level.sigma, at_level)
+        picture_files.write(figure, picture_files.beside(target, extra), {"format": "PNG"}, cfg.overwrite)
     tqdm.write(f"{source} -> {target}  {describe(result.level, cfg.sigma, cfg.strength)}")
     warnings = [f"its {what} cannot be stored there" for what in lost]
     if found := doubt(noisy, result, network, cfg.strength):
@@ -215,7 +216,8 @@ def extras_of(cfg):
 
 def describe(level, given, strength):
     """The noise level as a text: `sigma 18 (estimated; 16 to 21)`. given: the level that the user gave, or None."""
-    found = f"{given:g} (given)" if given else "{} (estimated; {} to {})".format(*map(rounded, level))
+    estimated = f"{rounded(level.sigma)} (estimated; {rounded(level.low)} to {rounded(level.high)})"
+    found = f"{given:g} (given)" if given else estimated
     return f"sigma {found}" + (f", times {strength:g}" if strength != 1 else "")
 
 
@@ -224,10 +226,11 @@ def doubt(noisy, result, network, strength):
     if pixels.rms_change(noisy, result.clean) < 1:
         remedy = "a larger --strength" if strength < 1 else "--sigma 15, 25 or 40"
         return f"almost nothing was removed; try {remedy} if you see noise"
-    trained, assumed = network.trained, strength * result.level.sigma
-    end = 0.5 if trained.continuous_t else 1
-    ends = [GREY_LEVELS * diffusion.sigma_of(t, trained.noise_steps) for t in (end, trained.noise_steps - end)]
-    low, high = (level / result.gain for level in trained.sigma_range or ends)
+    train_cfg = network.train_cfg
+    assumed = strength * result.level.sigma
+    end = 0.5 if train_cfg.continuous_t else 1
+    ends = [GREY_LEVELS * diffusion.sigma_of(t, train_cfg.noise_steps) for t in (end, train_cfg.noise_steps - end)]
+    low, high = (level / result.gain for level in train_cfg.sigma_range or ends)
     if low / 2 <= assumed <= 1.1 * high:
         return None
     other = "give another --sigma"
@@ -241,7 +244,7 @@ def doubt(noisy, result, network, strength):
 
 def rounded(sigma):
     """A noise level as text, of two digits or more."""
-    return f"{sigma:.{0 if sigma >= 9.95 else 1}f}"
+    return f"{sigma:.0f}" if sigma >= 9.95 else f"{sigma:.1f}"
 
 
 def main():

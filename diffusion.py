@@ -82,7 +82,8 @@ def heun(model, x, ts, T):
     The step to t = 0 is Euler's: there is no noise left to predict there.
     """
     for t, t_next in itertools.pairwise(ts):
-        slope, change = model(x, t).float(), sigma_of_images(t_next, T) - sigma_of_images(t, T)
+        slope = model(x, t).float()
+        change = sigma_of_images(t_next, T) - sigma_of_images(t, T)
         if (t_next > 0).any():
             slope = (slope + model(x + change * slope, t_next).float()) / 2
         x = x + change * slope
@@ -121,7 +122,12 @@ def grey(model, T, gain):
     noise too is told its level: gain 1. One that knows only independent noise needs gain sqrt(3): along (1, 1, 1) /
     sqrt(3), the one direction in which there is noise, its level is sqrt(3) sigma.
     """
-    return lambda x, t: gain * model(x.expand(-1, 3, -1, -1), t_of(gain * sigma_of(t, T), T)).mean(dim=1, keepdim=True)
+
+    def eps_hat(x, t):
+        told = t_of(gain * sigma_of(t, T), T)
+        return gain * model(x.expand(-1, 3, -1, -1), told).mean(dim=1, keepdim=True)
+
+    return eps_hat
 
 
 # ---- the noise level of an image ---------------------------------------------------------------------------------

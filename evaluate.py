@@ -24,18 +24,18 @@ import diffusion
 from config import Setting, UserError, name_ending, whole
 from support import checkpoint, classical, devices, figures, files, held_out, measure, metrics, script, streams, tables
 from support.datasets import folder
-from support.measure import LITERATURE, Job, network, noisy
+from support.measure import LITERATURE, Job, estimator, noisy
 
 SETTINGS = data.SETTINGS | checkpoint.SETTINGS | devices.SETTINGS | {
-    "control":   Setting(None, config.file_name, "checkpoint of a second network to compare with; None: none"),
+    "control":   Setting(None, config.file_name, "checkpoint of a second network to compare with"),
     "out_dir":   Setting("model", config.file_name, "folder of the run; the figure goes to its res/"),
     "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if one is larger than the crops"),
     "subset":    Setting(100, whole(), "images for what takes many passes: several steps and the blind estimate"),
     "steps":     Setting(None, whole(1, 1000), "most steps to try; None: one for each unit of t, and at most 50"),
     "ensemble":  denoise.SETTINGS["ensemble"],
     "baselines": Setting(None, whole(0), "images that the classical denoisers get; None: 100, or 0 of whole pictures"),
-    "json":      Setting(None, name_ending(".json"), "file to write the tables to as JSON; None: none"),
-    "markdown":  Setting(None, name_ending(".md"), "file to write the tables to as Markdown; None: none"),
+    "json":      Setting(None, name_ending(".json"), "file to write the tables to as JSON"),
+    "markdown":  Setting(None, name_ending(".md"), "file to write the tables to as Markdown"),
     "overwrite": Setting(False, bool, "replace these two files if they exist"),
 }  # fmt: skip
 MEASURES = (
@@ -52,9 +52,9 @@ def plan(cfg, networks):
     levels = measure.levels_of(T)
     jobs = [Job("clean", levels[-1], [None])]
     jobs += [Job("noisy", t, [noisy]) for t in levels]
-    jobs += [Job(name, t, [network(*net)], 1, "euler") for name, net in networks.items() for t in levels]
+    jobs += [Job(name, t, [estimator(*net)], 1, "euler") for name, net in networks.items() for t in levels]
     several = [(t, k, s) for t in levels for k in measure.step_counts(t, T, cfg.steps) for s in diffusion.SAMPLERS]
-    jobs += [Job("network", t, [network(model, T, k, s)], k, s, cfg.subset) for t, k, s in several]
+    jobs += [Job("network", t, [estimator(model, T, k, s)], k, s, cfg.subset) for t, k, s in several]
     for name, settings in (classical.methods() if cfg.baselines else {}).items():
         jobs += [Job(name, t, settings, count=cfg.baselines) for t in levels]
     return jobs
@@ -79,24 +79,26 @@ def evaluate_images(cfg, networks, knows_level, images):
 @torch.inference_mode()
 def evaluate_pictures(cfg, networks, knows_level, pictures, device, weights):
     """The tables for whole pictures, see data.whole_pictures. weights: the network's, for denoise.py's estimate."""
+    model, T = networks["network"]
     every = len(pictures)
     # Read before the long work: a training run may delete the file meanwhile.
     denoiser = denoise.load(weights, cfg.device, cfg.precision) if knows_level else None
-    denoisers = {"noisy": (every, noisy)} | {name: (every, network(*net)) for name, net in networks.items()}
-    if cfg.baselines and "BM3D" in (methods := classical.methods()):
+    denoisers = {"noisy": (every, noisy)} | {name: (every, estimator(*net)) for name, net in networks.items()}
+    methods = classical.methods() if cfg.baselines else {}
+    if "BM3D" in methods:
         if any(min(read().shape[1:]) < classical.BLOCK for read in pictures[: cfg.baselines]):
             size = f"{classical.BLOCK}x{classical.BLOCK}"
             raise UserError(f"BM3D needs {size} pixels; leave smaller pictures or --baselines out")
         denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
-    records = measure.pictures(pictures, WHOLE_LEVELS, denoisers, device)
-    told = {f"{sigma}": (every, measure.told(network(*networks["network"]), sigma)) for sigma in TOLD}
+    records = measure.run_whole(pictures, WHOLE_LEVELS, denoisers, device)
+    told = {f"{sigma}": (every, measure.told(estimator(model, T), sigma)) for sigma in TOLD}
     if denoiser:
 
         def blind(x_t, _):
             return denoise.denoise_pixels(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(device)
 
         told["estimated, as by denoise.py"] = every, blind
-    clean = measure.pictures(pictures, (0,), told, device)
+    clean = measure.run_whole(pictures, (0,), told, device)
     # The literature reports on CBSD68: 68 pictures of 481x321 or 321x481 pixels.
     cbsd68 = every == 68 and all(sorted(read().shape[1:]) == [321, 481] for read in pictures)
     return [*(tables.pictures(records, key, cbsd68) for key in metrics.METRICS), tables.clean(clean)]
@@ -159,14 +161,15 @@ def report(cfg, about, made):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
+    config.refuse(cfg, data.TRAINING_ONLY, "{} is for training images; leave it out")
     started, device = time.monotonic(), devices.pick(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))  # so that a fallback is reported once
     check_reports(cfg)
-    weights, model, trained, cfg = checkpoint.load_run(cfg)
-    networks = {"network": (model, trained.noise_steps)}
+    weights, model, train_cfg, cfg = checkpoint.load_run(cfg)
+    networks = {"network": (model, train_cfg.noise_steps)}
     if cfg.control:
-        control, trained_control = checkpoint.load_model(cfg.control, device)
-        networks["control"] = control, trained_control.noise_steps
+        control, control_cfg = checkpoint.load_model(cfg.control, device)
+        networks["control"] = control, control_cfg.noise_steps
     pictures = held_out_pictures(cfg)
     if cfg.baselines is None:
         cfg = dataclasses.replace(cfg, baselines=0 if pictures else 100)
@@ -175,7 +178,7 @@ def main():
     figure = None if pictures else script.figure_path(cfg.out_dir, f"evaluation_{weights.stem}.png")
     print(f"data: {source}; weights: {weights}")
 
-    shares = held_out.channels_in_use(trained, model, images) if len(images) else {}
+    shares = held_out.channels_in_use(train_cfg, model, images) if len(images) else {}
     precision, knows_level = devices.pick_precision(cfg.precision, device), getattr(model, "knows_t", True)
     adapt = measure.of_any_size if pictures else measure.in_precision
     networks = {name: (adapt(net, precision, cfg.ensemble), T) for name, (net, T) in networks.items()}
@@ -188,7 +191,7 @@ def main():
     about |= dict(seconds=round(time.monotonic() - started, 1), measures=MEASURES)
     report(cfg, about, [*made, tables.channels(shares)] if shares else made)
     if figure:
-        T = trained.noise_steps
+        T = train_cfg.noise_steps
         figures.evaluation(figure, *tables.curves(records, cfg.subset, measure.levels_with_many_steps(T)))
         print(f"figure saved: {figure}")
 

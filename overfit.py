@@ -20,7 +20,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | {
     "iterations": Setting(1000, whole(), "optimizer updates at most"),
     "target":     Setting(1e-5, positive, "loss at which the check has passed"),
     "lr":         Setting(1e-3, positive, "learning rate at the start; it falls to 0 as the iterations run out"),
-    "seed":       Setting(0, whole(0), "of the network's weights and the noise"),
+    "seed":       Setting(0, whole(0), "seed of the network's weights and of the noise"),
     "out_dir":    Setting("model", config.file_name, "folder for the figure (in res/)"),
     "device":     devices.SETTINGS["device"],
 }  # fmt: skip
@@ -45,6 +45,7 @@ def overfit(model, x0, eps, t, T, iterations, target, lr):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
+    config.refuse(cfg, data.TRAINING_ONLY, "{} is for training images; leave it out")
     T, device = cfg.noise_steps, devices.pick(cfg.device)
     if cfg.t >= T:
         raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")

@@ -40,9 +40,7 @@ PRESETS = {
                         batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
 }  # fmt: skip
 
-RATE = "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"
-RECYCLE = "how many of the first epochs begin with new kernels for channels not in use"
-SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
+SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE_SETTINGS | {
     # the optimization
     "preset":              Setting("default", tuple(PRESETS), "the recipe whose defaults to use"),
     "init":                Setting(None, config.file_name, "checkpoint whose weights to start from; none: random ones"),
@@ -51,22 +49,24 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE | {
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
     "lr":                  Setting(4e-4, real(0, 1e3), "peak learning rate"),
     "beta2":               Setting(0.95, real(0, 0.999999), "AdamW's decay of the squared gradient; beta1 is 0.9"),
-    "recycle":             Setting(3, whole(0), RECYCLE),
+    "recycle":             Setting(3, whole(0), "first epochs that begin with new kernels for channels not in use"),
     "weight_decay":        Setting(0.01, real(0), "decoupled weight decay"),
     "warmup_steps":        Setting(100, whole(0), "updates over which the learning rate rises linearly from 0"),
-    "schedule":            Setting("linear", ("linear", "cosine", "constant"), RATE),
+    "schedule":            Setting("linear", ("linear", "cosine", "constant"),
+                                   "learning rate: linear to 0 by step, cosine to 0 by epoch, or constant"),
     "flip":                Setting(True, bool, "mirror each training image with probability 1/2"),
     "augment":             Setting(False, bool, "mirror and rotate: all eight orientations, in place of flip"),
     # the run
     "seed":                Setting(0, whole(0), "every random number of a run follows from it"),
     **devices.SETTINGS,
-    "compile":             Setting(None, bool, "compile the network (a minute) and record CUDA graphs; None: on CUDA"),
+    "compile":             Setting(None, bool, "compile the network (a minute) and record Muon's steps (untested); "
+                                   "None: the network alone, on CUDA"),
     "out_dir":             Setting("model", config.file_name, "folder for checkpoints, log.csv and figures (in res/)"),
     "save_model_epochs":   Setting(1, whole(), "epochs between checkpoints; the last is always saved"),
     "save_every_steps":    Setting(None, whole(), "save inside an epoch too, every so many updates; None: never"),
     "sample_every_epochs": Setting(0, whole(0), "epochs between comparison grids; 0: none"),
-    "resume":              Setting(None, config.file_name, "checkpoint to resume from; auto: the newest of out_dir"),
-    "overwrite":           Setting(False, bool, "replace the checkpoints of another run in out_dir"),
+    "resume":              Setting(None, config.file_name, "checkpoint to resume from; auto: the newest of --out-dir"),
+    "overwrite":           Setting(False, bool, "replace the checkpoints of another run in --out-dir"),
     "loggers":             Setting(("csv",), tuple(LOGGERS), "where the numbers of an epoch go", "*"),
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ def set_lr(optimizer, lr):
 def make_optimizer(cfg, model):
     options = dict(lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     if cfg.optimizer == "muon":
-        return muon.Muon(model.parameters(), record=cfg.compile is not False, **options)
+        return muon.Muon(model.parameters(), record=bool(cfg.compile), **options)
     return torch.optim.AdamW(model.parameters(), **options)
 
 

@@ -6,6 +6,7 @@ same shape and does not know the time step.
 
 The U-shape is that of Ronneberger et al. 2015 (arXiv 1505.04597), the time conditioning inside residual blocks
 that of DDPM (Ho et al. 2020, arXiv 2006.11239), both reduced to what 32x32 images need: 2,176,515 parameters.
+The time embedding is an MLP of t itself, where DDPM has sinusoids, and UNet has no normalization.
 """
 
 import inspect

@@ -21,7 +21,7 @@ SETTINGS = data.SETTINGS | checkpoint.SETTINGS | {
     "images":  Setting(6, whole(1, 40), "test images in the figure"),
     "strip":   Setting(False, bool, "draw 1, 2, 3 and t denoising steps (at most 50) from noise level t, not the grid"),
     "t":       Setting(None, whole(), "time step of the noise in the strip, from 1 to T-1; None: T / 2"),
-    "curves":  Setting(False, bool, "draw the loss curves of log.csv in out_dir, not the grid"),
+    "curves":  Setting(False, bool, "draw the loss curves of log.csv in --out-dir, not the grid"),
     "device":  devices.SETTINGS["device"],
 }  # fmt: skip
 
@@ -55,8 +55,8 @@ def draw_curves(out_dir):
 
 def draw_images(cfg):
     """Draw the grid or the strip; returns the figure's path. Raises UserError."""
-    weights, model, trained, cfg = checkpoint.load_run(cfg)
-    T = trained.noise_steps
+    weights, model, train_cfg, cfg = checkpoint.load_run(cfg)
+    T = train_cfg.noise_steps
     level = cfg.t or T // 2
     if level >= T:
         raise UserError(f"--t {level} is outside 1 ... {T - 1}; lower it")
@@ -72,6 +72,7 @@ def draw_images(cfg):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
+    config.refuse(cfg, data.TRAINING_ONLY, "{} is for training images; leave it out")
     check_choice(cfg)
     path = draw_curves(cfg.out_dir) if cfg.curves else draw_images(cfg)
     print(f"figure saved: {path}")

@@ -73,11 +73,11 @@ def main():
     if not state["log"]:
         raise UserError(f"{path} was saved inside the first epoch; export one of a finished epoch")
     saved, last = state["config"], state["log"][-1]
-    trained = config.defaults(train.SETTINGS, **saved)
+    train_cfg = config.defaults(train.SETTINGS, **saved)
     measured = dataclasses.replace(
-        trained,
-        dataset=trained.dataset if cfg.dataset == "auto" else cfg.dataset,
-        data_dir=cfg.data_dir or trained.data_dir,
+        train_cfg,
+        dataset=train_cfg.dataset if cfg.dataset == "auto" else cfg.dataset,
+        data_dir=cfg.data_dir or train_cfg.data_dir,
         precision="float32",
     )
     device = devices.pick(cfg.device)

@@ -55,7 +55,7 @@ def write(path, images, about):
 
 def read(path, size, count):
     """Raises FileNotFoundError if there is no file, ValueError or another exception if it is not as it was written."""
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait forever
         raise ValueError("not a regular file")
     with open(path, "rb") as file:
         checksum, line = int(file.readline(10), 16), file.readline(1000)

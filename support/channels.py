@@ -70,7 +70,7 @@ def recycle_block(model, block, optimizer, x_t, t, random):
     if isinstance(block.shortcut, torch.nn.Conv2d):
         block.shortcut.bias[off] -= scale * opened.mean(dim=(0, 2, 3))
     for parameter in (weight, bias):
-        for moment in optimizer.state[parameter].values() if parameter in optimizer.state else ():
+        for moment in optimizer.state.get(parameter, {}).values():
             if moment.shape == parameter.shape:
                 moment[off] = 0
     return len(off)
@@ -79,7 +79,11 @@ def recycle_block(model, block, optimizer, x_t, t, random):
 def outputs(model, parts, x_t, t, look=torch.Tensor.float):
     """{part: look(its output)} of those `parts` of the model that are called; of several calls the last one counts."""
     found = {}
-    hooks = [part.register_forward_hook(lambda part, _, h: found.update({part: look(h)})) for part in parts]
+
+    def keep(part, _, output):
+        found[part] = look(output)
+
+    hooks = [part.register_forward_hook(keep) for part in parts]
     try:
         model.forward(x_t, t)  # .forward: not the compiled one, which has no hooks
     finally:

@@ -2,7 +2,7 @@
 
     save(path, state)
     state = load(path)                          # model, network, optimizer, epoch, step, config, ...
-    model, trained = load_model(path, device)
+    model, train_cfg = load_model(path, device)
 
 A file from anywhere gives either a sound dict or a CheckpointError, and takes no more memory than its size suggests.
 """
@@ -13,12 +13,8 @@ import hashlib
 import io
 import math
 import os
-import pickletools
 import re
-import socket
-import stat
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
@@ -26,39 +22,22 @@ import torch
 import config
 import data
 import unet
-from config import Setting, UserError
+from config import Setting
 from support import entries, files, memory
+from support.archive import CheckpointError, DamagedError, read
 from support.devices import memory_format, pick
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
-
 
 SHIPPED = Path(__file__).resolve().parent.parent / "model" / "unet32.pth"  # the trained weights that come with the code
 PHOTO = SHIPPED.with_name("photo.pth")  # those trained on photographs
 NOISE_LEVEL = SHIPPED.with_name("noise_level.pth")  # those of support/noise_level.py
-# All that torch.save refers to in a dict of plain values and tensors of these three types.
-GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-GLOBALS |= {"torch FloatStorage", "torch HalfStorage", "torch LongStorage"}
-KNOWN = unet.SETTINGS | data.SETTINGS | data.NOISE  # the settings by which a network is built, fed and used
-DEEPEST = 10  # levels of dicts and lists inside one another
+KNOWN = unet.SETTINGS | data.SETTINGS | data.NOISE_SETTINGS  # the settings by which a network is built, fed and used
 SETTINGS = {
-    "weights": Setting(None, config.file_name, "checkpoint; None: the newest of out_dir, else the weights provided"),
+    "weights": Setting(None, config.file_name, "checkpoint; None: the newest of --out-dir, else the weights provided"),
 }
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used: the text names the file and says why."""
 
 
 class NoCheckpointError(CheckpointError):
     """There is no checkpoint in the folder."""
-
-
-class DamagedError(CheckpointError):
-    """The file is not what was saved."""
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -144,45 +123,6 @@ def checksum(state):
     return sha.hexdigest()
 
 
-def lock(folder):
-    """Hold the folder for this process until the file returned is closed. Deletes what a killed save left there.
-
-    Raises CheckpointError if another process holds it. The lock dies with its process, however that ends. Between
-    hosts it holds where the file system passes flock on (NFS since Linux 2.6.12 does, some cluster file systems do
-    not). A folder that is removed and made again under a run is not locked.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open_lock(folder / ".lock")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = file.read(200).strip() or "another process"
-        file.close()
-        raise CheckpointError(
-            f"{folder} is in use by {holder}; wait for it to end or choose another --out-dir"
-        ) from None
-    except OSError as error:
-        print(f"WARNING: {folder} cannot be locked ({error}); start no second run in it", file=sys.stderr)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    files.clean(folder)
-    files.clean(folder / "res")
-    return file
-
-
-def open_lock(path):
-    """Open or make a lock file, and no other kind: what a link leads to would be overwritten."""
-    if os.path.lexists(path):
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise CheckpointError(f"{path} is not a lock file of train.py; delete it or choose another --out-dir")
-    number = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    return open(number, "r+", errors="replace")
-
-
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -232,9 +172,9 @@ def load_newest(folder, needs=(), settings=KNOWN):
 
 
 def load_model(path, device):
-    """(model, trained): the network, in evaluation mode on `device`, and its settings, a frozen cfg.
+    """(model, train_cfg): the network, in evaluation mode on `device`, and its settings, a frozen cfg.
 
-    `trained` has all settings that are KNOWN, at their defaults where the file lacks them. Raises CheckpointError.
+    `train_cfg` has all settings that are KNOWN, at their defaults where the file lacks them. Raises CheckpointError.
     """
     with errors_naming(path):
         state = load(path)
@@ -244,12 +184,12 @@ def load_model(path, device):
         weights = {name: state["model"][name].to(like.dtype) for name, like in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)
         saved = {name: config.as_tuple(value) for name, value in state["config"].items()}
-        trained = config.defaults(KNOWN, **saved)
-    return model.to(device, memory_format=memory_format(device)).eval(), trained
+        train_cfg = config.defaults(KNOWN, **saved)
+    return model.to(device, memory_format=memory_format(device)).eval(), train_cfg
 
 
 def load_run(cfg):
-    """What --weights names: (path, network, the config it was trained with, cfg).
+    """What --weights names: (path, model, train_cfg, cfg), see `load_model`.
 
     In the cfg returned, the data settings that were not typed are those the network was trained with, and the figures'
     folder is that of the weights. Raises CheckpointError, and UserError if the device cannot be used.
@@ -257,13 +197,13 @@ def load_run(cfg):
     if cfg.weights is None and "out_dir" in cfg.given and not os.path.isdir(cfg.out_dir):
         raise NoCheckpointError(f"there is no folder {cfg.out_dir}; name that of a run, or give --weights too")
     weights = choose(cfg.weights, cfg.out_dir)
-    model, trained = load_model(weights, pick(cfg.device))
-    values = {name: getattr(trained, name) for name in data.SETTINGS.keys() - cfg.given - {"limit"}}
-    if cfg.dataset not in ("auto", trained.dataset):
+    model, train_cfg = load_model(weights, pick(cfg.device))
+    values = {name: getattr(train_cfg, name) for name in data.SETTINGS.keys() - cfg.given - {"limit"}}
+    if cfg.dataset not in ("auto", train_cfg.dataset):
         values.pop("data_dir", None)  # that of other images
     if "out_dir" not in cfg.given:
         values["out_dir"] = str(weights.parent)
-    return weights, model, trained, dataclasses.replace(cfg, **values)
+    return weights, model, train_cfg, dataclasses.replace(cfg, **values)
 
 
 def load_weights(model, state, path, remedy="use another one"):
@@ -318,77 +258,3 @@ def errors_naming(path, remedy="use another one"):
         if not (problem := memory.out_of_memory(error)):
             raise
         raise CheckpointError(f"{problem} to load {path}; end other programs or use a larger machine") from None
-
-
-# ---- a file that may hold anything -------------------------------------------------------------------------------
-
-
-def read(path):
-    """What torch.save wrote to a file. Raises DamagedError for other content, CheckpointError if it cannot be read."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
-            raise CheckpointError(f"{path} is not a file; name a checkpoint, unet32_e*.pth")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise DamagedError(f"{path} is empty; use another one")
-            values = check_archive(file, size)
-            file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            check_size(state, values, size)
-            return state
-    except FileNotFoundError:
-        hint = (
-            "restore it"
-            if Path(path).resolve() in (SHIPPED, PHOTO, NOISE_LEVEL)
-            else "name a checkpoint that train.py saved"
-        )
-        raise CheckpointError(f"{path} does not exist; {hint}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # a dozen kinds, by where the damage lies
-        if memory.out_of_memory(error):
-            raise
-        raise DamagedError(f"{path} is damaged, or is not a checkpoint, or holds code; use another one") from None
-
-
-def check_archive(file, size):
-    """Refuse, before it is unpacked, what torch.save does not write: compressed members, references to other code.
-
-    Returns an upper bound of the number of values. Raises ValueError, and what zipfile and pickletools raise.
-    """
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if not stored or sum(member.file_size for member in members) > size:
-            raise ValueError("compressed")
-        if len({member.filename for member in members}) < len(members):
-            raise ValueError("two of one name")
-        structure = archive.read(members[0].filename.partition("/")[0] + "/data.pkl")
-    if {argument for opcode, argument, _ in pickletools.genops(structure) if opcode.name == "GLOBAL"} - GLOBALS:
-        raise ValueError("code")
-    return len(structure)  # each value takes a byte at least, unless it is shared
-
-
-def check_size(state, values, size):
-    """Refuse what is larger than its file: lists in lists in lists, shared, tensors of one number expanded.
-
-    values, size: the most values and the most bytes of tensors. Raises ValueError.
-    """
-    queue = [(state, 0)]
-    for value, depth in queue:
-        if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
-            parts = value.values()
-        elif type(value) in (list, tuple):
-            parts = value
-        elif type(value) is torch.Tensor and not value.requires_grad and not value.is_neg():
-            parts, size = (), size - value.nbytes
-        elif value is None or type(value) in (bool, int, float, str):
-            parts = ()
-        else:
-            raise ValueError("other types")
-        queue += ((part, depth + 1) for part in parts)
-        if len(queue) > values or size < 0 or depth > DEEPEST:
-            raise ValueError("larger than its file")

@@ -84,7 +84,8 @@ def non_local_means(picture, sigma, patch, distance, h):
     """Buades et al. 2005; patch, distance: pixels; h in units of sigma."""
     from skimage.restoration import denoise_nl_means
 
-    return denoise_nl_means(picture, patch, distance, h * sigma, False, sigma, channel_axis=-1)
+    options = dict(patch_size=patch, patch_distance=distance, h=h * sigma, fast_mode=False, sigma=sigma)
+    return denoise_nl_means(picture, channel_axis=-1, **options)
 
 
 BLOCK = 8  # pixels: BM3D compares blocks of this height and width

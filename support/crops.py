@@ -37,8 +37,8 @@ class Crops:
 
         Their corners are uniform, and a pure function of (seed, epoch, picture).
         """
-        random = torch.rand(len(self.shapes), self.each, 2, generator=generator("cpu", seed, CROPS, epoch))
-        y, x = (random * (self.shapes[:, None] - self.size + 1)).long().unbind(2)  # (pictures, each)
+        place = torch.rand(len(self.shapes), self.each, 2, generator=generator("cpu", seed, CROPS, epoch))
+        y, x = (place * (self.shapes[:, None] - self.size + 1)).long().unbind(2)  # (pictures, each)
         height, width = self.shapes.T
         area = height * width
         picture = (3 * area).cumsum(0) - 3 * area  # where its pixels begin

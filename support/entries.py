@@ -4,7 +4,7 @@
     check_weights(state["model"], model.state_dict())
     check_optimizer(state["optimizer"], optimizer.state_dict())
 
-The types are those that checkpoint.read lets through: dict, list, tuple, tensor, str, int, float, bool and None.
+The types are those that archive.read lets through: dict, list, tuple, tensor, str, int, float, bool and None.
 """
 
 import inspect
@@ -77,9 +77,10 @@ def check_network(state):
         must(known, f"network[{name!r}]", "an argument of the network")
         fits = name == "name" or config.allows(unet.SETTINGS[name], value)
         must(fits, f"network[{name!r}]", "in its range")
-    for name in saved.keys() & parameters.keys() if "network" in state else ():
-        value = network.get(name, parameters[name].default)
-        must(config.as_tuple(value) == config.as_tuple(saved[name]), f"network[{name!r}]", f"config[{name!r}]")
+    if "network" in state:
+        for name in saved.keys() & parameters.keys():
+            value = network.get(name, parameters[name].default)
+            must(config.as_tuple(value) == config.as_tuple(saved[name]), f"network[{name!r}]", f"config[{name!r}]")
 
 
 def check_log(state):
@@ -95,8 +96,9 @@ def check_log(state):
         last = row["step"]
     step = state.get("step", last)
     must(step >= last, "step", f"at least {last}, that of the last row of the log")
-    done = len(log) - (step == last and step > 0)  # a finished epoch's checkpoint has its row already
-    must(state.get("epoch", done) == done, "epoch", f"{done}, as the log says")
+    finished = step == last and step > 0  # the checkpoint of a finished epoch has its row already
+    epoch = len(log) - finished
+    must(state.get("epoch", epoch) == epoch, "epoch", f"{epoch}, as the log says")
 
 
 def check_weights(saved, own):

@@ -31,7 +31,7 @@ def write_atomically(path, write, replace=True):
         else:
             put(temporary, path)
     except OSError as error:
-        if not error.errno:  # Pillow's
+        if not error.errno:  # raised by Pillow, with a text alone
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None  # which names no temporary file
     finally:

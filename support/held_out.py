@@ -47,7 +47,7 @@ def in_parts(model):
 
 
 def held_out_batch(cfg, images, start):
-    """x0, t and eps of TEST_BATCH test images or fewer, of which the first is the start-th."""
+    """x0, t and eps of the batch of at most TEST_BATCH test images that begins at `start`."""
     x0 = data.scale(images[start : start + data.TEST_BATCH])
     k, count = torch.arange(start, start + len(x0), device=x0.device), cfg.noise_steps - 1
     k = k % count if len(images) >= count else k * count // len(images)  # a few images: levels over the whole range

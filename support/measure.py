@@ -85,7 +85,7 @@ def noisy(x_t, sigma):
     return x_t
 
 
-def network(model, T, steps=1, sampler="euler"):
+def estimator(model, T, steps=1, sampler="euler"):
     """The estimate of a model(x, t), see diffusion.denoise_steps."""
 
     def estimate(x_t, sigma):
@@ -189,13 +189,13 @@ def blind(images, sigmas, estimators):
 
 
 def middles(pictures, size, count):
-    """The middles of the first `count` pictures that are so large, uint8 (N, 3, size, size)."""
+    """The middles, uint8 (N, 3, size, size), of the first `count` pictures that are at least size x size."""
     crops = (sheets.middle(read(), size).clone() for read in pictures)
     large = list(itertools.islice((crop for crop in crops if crop.shape[1:] == (size, size)), count))
     return torch.stack(large) if large else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
-def pictures(pictures, sigmas, denoisers, device):
+def run_whole(pictures, sigmas, denoisers, device):
     """Records of METRICS for whole pictures of any sizes, of which one at a time is in memory.
 
     pictures: functions read() -> uint8 (3, H, W). sigmas: 0-255 scale. denoisers: {method: (number of pictures to give

@@ -4,6 +4,8 @@ import ctypes
 import platform
 import re
 
+import torch
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # What PyTorch says then in a plain RuntimeError: its allocators, oneDNN, and CUDA and its libraries.
 OUT_OF_MEMORY = (
@@ -26,7 +28,7 @@ def keep_freed_memory():
 
 def out_of_memory(error):
     """What to say of an out-of-memory error, as the beginning of a sentence; None for any other error."""
-    if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
         return None
     request = re.search(r"allocate (\d+) bytes", str(error))
     gigabytes = int(request[1]) / 1e9 if request else 0

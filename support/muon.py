@@ -3,7 +3,8 @@
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: the momentum of a matrix is replaced by the nearest
 (semi-)orthogonal matrix, so that every direction of the weights moves at the same rate, not only the few that dominate
 the gradient. torch.optim.Muon is for matrices alone: convolution kernels would have to be flattened, and all other
-parameters need an optimizer of their own. It also computes in bfloat16 where that is slow.
+parameters need an optimizer of their own. It also computes in bfloat16 everywhere, even where
+that is slow.
 """
 
 import collections
@@ -33,7 +34,7 @@ class Muon(torch.optim.AdamW):
     2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds. record: see Recorded.
     """
 
-    def __init__(self, *args, record=True, **options):
+    def __init__(self, *args, record=False, **options):
         super().__init__(*args, **options)
         self.unit_steps = Recorded(unit_steps) if record else unit_steps
 
@@ -95,7 +96,7 @@ class Recorded:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # after which CUDA is in no state to go on
-            raise UserError(f"no CUDA graph can be recorded here ({error}); train with --no-compile") from None
+            raise UserError(f"no CUDA graph can be recorded here ({error}); leave --compile out") from None
         return graph, inputs, results
 
 

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
+import data
 from diffusion import GREY_LEVELS
 from support import checkpoint
-from support.devices import memory_format
 
 WEIGHTS = checkpoint.NOISE_LEVEL
 WINDOW, WINDOWS = 64, 8  # of a large picture, WINDOWS x WINDOWS evenly spread windows are looked at
 BLOCK = 16  # pixels, height and width
 FEW = 100  # blocks: in a picture with fewer the likelihood decides
+LIKELIHOOD_LIMITS = (0.4, 2)  # of the level by likelihood, over that by statistics
+LIKELIHOOD_RANGE = (0.93, 1.07)  # over the level by likelihood; a guess, unlike the range of the regression
 SMALLEST = 32  # pixels: a smaller picture is mirrored at its edges
 
 # Luma and two directions of chroma, orthonormal: noise that is equal and independent in R, G and B is so in these too.
@@ -60,12 +62,10 @@ def estimate(pixels, likelihood=None, device="cpu"):
     features, count = statistics(parts)
     levels = regression().levels(features) if features is not None else np.zeros(len(OUTPUTS))
     if likelihood and len(parts) == 1 and count < FEW and levels[0] > 0:
-        x = (torch.from_numpy(parts[0][None]).to(device) / GREY_LEVELS - 1).contiguous(
-            memory_format=memory_format(device)
-        )
+        x = data.scale(torch.from_numpy(parts[0][None]).to(device))
         # The likelihood may have a maximum too many, and finds a little noise even where there is none.
-        sigma = np.clip(GREY_LEVELS * likelihood(x).item(), 0.4 * levels[0], 2 * levels[0])
-        levels = sigma * np.array([1, 0.93, 1.07])
+        sigma = np.clip(GREY_LEVELS * likelihood(x).item(), *(levels[0] * np.array(LIKELIHOOD_LIMITS)))
+        levels = sigma * np.array([1, *LIKELIHOOD_RANGE])
     return Level(*map(float, levels))
 
 

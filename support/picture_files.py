@@ -28,24 +28,7 @@ def plan(inputs, output, overwrite=False, extras=()):
     inputs: names of files, and of folders with all below them. output: name of a file or of a folder. extras: names
     of what will be written beside every target, see `beside`.
     """
-    to_folder = len(inputs) > 1 or os.path.isdir(inputs[0]) or os.path.isdir(output) or output.endswith(("/", os.sep))
-    output, pairs = Path(output), []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            if output.resolve().is_relative_to(path.resolve()):
-                raise UserError(f"the output {output} is inside the input {path}; choose a folder outside it")
-            pairs += [(path / file, output / file) for file in pictures.image_files(path)]
-        elif path.suffix.lower() in pictures.CONVERTERS:
-            raise UserError(pictures.must_convert(path))
-        elif path.exists():
-            pairs.append((path, output / path.name if to_folder else output))
-        else:
-            raise UserError(f"{path} does not exist; name picture files or folders of them")
-    if not pairs:
-        raise UserError(f"no pictures (.png, .jpg, ...) in {', '.join(inputs)}")
-    if to_folder and output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; several pictures need a folder to go to")
-    pairs = list(dict.fromkeys(pairs))  # overlapping patterns of the shell name a file twice
+    pairs = pairs_of(inputs, output)
     originals = {identity(source) for source, _ in pairs if source.exists()}
     source_of = {}
     for source, target in pairs:
@@ -63,6 +46,28 @@ def plan(inputs, output, overwrite=False, extras=()):
             source_of[path] = source
             check_free(path, originals, overwrite)
     return pairs
+
+
+def pairs_of(inputs, output):
+    """See `plan`; whether the targets can be written is not checked."""
+    to_folder = len(inputs) > 1 or os.path.isdir(inputs[0]) or os.path.isdir(output) or output.endswith(("/", os.sep))
+    output, pairs = Path(output), []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            if output.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"the output {output} is inside the input {path}; choose a folder outside it")
+            pairs += [(path / file, output / file) for file in pictures.image_files(path)]
+        elif path.suffix.lower() in pictures.CONVERTERS:
+            raise UserError(pictures.must_convert(path))
+        elif path.exists():
+            pairs.append((path, output / path.name if to_folder else output))
+        else:
+            raise UserError(f"{path} does not exist; name picture files or folders of them")
+    if not pairs:
+        raise UserError(f"no pictures (.png, .jpg, ...) in {', '.join(inputs)}")
+    if to_folder and output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; several pictures need a folder to go to")
+    return list(dict.fromkeys(pairs))  # overlapping patterns of the shell name a file twice
 
 
 def check_free(path, originals, overwrite):
@@ -110,17 +115,11 @@ def options_for(image, path):
         error = trial(strip, options)
         if error:
             raise pictures.DataError(f"{path} cannot be written ({error}); choose another ending, such as .png")
-    coloured, lost = image.mode.startswith("RGB"), []
-    if image.mode == "I;16" and ending not in DEEP:
-        lost.append("depth of 16 bits")
-    if coloured and ending == ".gif":
-        lost.append("colours beyond 256")
-    if image.has_transparency_data and (ending in OPAQUE or (image.mode == "LA" and ending == ".gif")):
-        lost.append("transparency")
-    elif image.has_transparency_data and ending == ".gif" and any(image.getchannel("A").histogram()[1:255]):
-        lost.append("partial transparency")
+    lost = lost_pixels(image, ending)
     for key, data in metadata_of(image, options["format"]).items():
-        greyless = key == "icc_profile" and not coloured and ending == ".webp"  # a WebP file has no grey
+        greyless = (
+            key == "icc_profile" and not image.mode.startswith("RGB") and ending == ".webp"
+        )  # a WebP file has no grey
         if greyless or ending not in WITH_METADATA or trial(strips[0], options | {key: data}):
             lost.append(METADATA[key])
         else:
@@ -130,6 +129,20 @@ def options_for(image, path):
     if isinstance(dpi, tuple) and not trial(strips[0], options | {"dpi": dpi}):
         options["dpi"] = dpi
     return options, lost
+
+
+def lost_pixels(image, ending):
+    """What a file with this ending cannot hold of the image's pixels, in words."""
+    lost = []
+    if image.mode == "I;16" and ending not in DEEP:
+        lost.append("depth of 16 bits")
+    if image.mode.startswith("RGB") and ending == ".gif":
+        lost.append("colours beyond 256")
+    if image.has_transparency_data and (ending in OPAQUE or (image.mode == "LA" and ending == ".gif")):
+        lost.append("transparency")
+    elif image.has_transparency_data and ending == ".gif" and any(image.getchannel("A").histogram()[1:255]):
+        lost.append("partial transparency")
+    return lost
 
 
 def metadata_of(image, kind):
@@ -157,7 +170,7 @@ def without_layout(exif):
 def bare(image, path):
     """The image without its info, which some of Pillow's encoders write unasked, in a depth that the format has, and
     with 16 bits in the range that it was read in, see pictures.read."""
-    white, image.info = image.info.get(pictures.WHITE), {}
+    white, image.info = image.info.get(pictures.WHITE_KEY), {}
     if image.mode == "I;16" and path.suffix.lower() not in DEEP:
         return pictures.to_8_bits(image)
     if image.mode == "I;16" and white:
@@ -174,8 +187,8 @@ def trial(image, options):
 
 
 def write(image, path, options, overwrite):
-    """Write a picture whole or not at all; over a file that is there only to overwrite. Raises UserError, OSError."""
-    encoded = io.BytesIO()  # in memory first: on a full disk Pillow's JPEG 2000 encoder would try for ever
+    """Write a picture whole or not at all; only `overwrite` replaces a file that exists. Raises UserError, OSError."""
+    encoded = io.BytesIO()  # in memory first: on a full disk Pillow's JPEG 2000 encoder would try forever
     bare(image, path).save(encoded, **options)
     try:
         files.write_atomically(path, lambda file: file.write(encoded.getbuffer()), replace=overwrite)

@@ -19,7 +19,7 @@ from config import Setting, UserError, whole
 
 MAX_PIXELS = 100_000_000
 SETTINGS = {
-    "max_pixels": Setting(MAX_PIXELS, whole(), "of the largest picture that is read; a small file can expand"),
+    "max_pixels": Setting(MAX_PIXELS, whole(), "most pixels of a picture that is read; a small file can expand"),
 }
 SIZE = 32  # pixels, height and width of every image of the built-in data sets
 JPEG = {".jfif", ".jpe", ".jpeg", ".jpg"}
@@ -30,7 +30,7 @@ CONVERTERS |= dict.fromkeys([".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw"], "d
 CONVERTERS |= dict.fromkeys([".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"], "darktable-cli or RawTherapee")
 # Values of a TIFF file's tags SampleFormat, PhotometricInterpretation and PlanarConfiguration.
 SIGNED, WHITE_IS_ZERO, SEPARATE = 2, 0, 2
-NOTES, WHITE = object(), object()  # keys that no file can put into an image's info, see `read`
+NOTES_KEY, WHITE_KEY = object(), object()  # keys that no file can put into an image's info, see `read`
 EXIF_PREFIX = b"Exif\0\0"  # of EXIF data in a JPEG file; a WebP file has them without
 said = set()  # texts that were printed, so that a folder of a thousand such files prints one line
 
@@ -89,8 +89,8 @@ def say_once(path, text, kind="note"):
 
 
 def note(image, path, text):
-    """Print a note, once for each text, and append it to the list image.info[NOTES]."""
-    image.info.setdefault(NOTES, []).append(text)
+    """Print a note, once for each text, and append it to the list image.info[NOTES_KEY]."""
+    image.info.setdefault(NOTES_KEY, []).append(text)
     say_once(path, text)
 
 
@@ -101,8 +101,8 @@ def read(path, max_pixels=MAX_PIXELS, convert=None):
     """convert(the picture in a file as an upright Pillow image); by default a uint8 array (H, W, 3), see rgb.
 
     The image's mode is one that Pillow converts to RGB correctly, or I;16 with the full range 0 ... 65535 for grey of
-    more than 8 bits; info[WHITE] is the value that 65535 had in the file, where that is a guess. What is lost or
-    assumed is printed, once for each kind, and is in info[NOTES]; info["exif"] begins with EXIF_PREFIX. Raises
+    more than 8 bits; info[WHITE_KEY] is the value that 65535 had in the file, where that is a guess. What is lost or
+    assumed is printed, once for each kind, and is in info[NOTES_KEY]; info["exif"] begins with EXIF_PREFIX. Raises
     DataError if the file cannot be read or has more than max_pixels, which are looked up before any is decoded.
     """
     path = Path(path)
@@ -182,7 +182,8 @@ def drop_unusable_info(image, path):
 
 def scale_transparent_colour(image):
     """Bring the transparent colour of a PNG file, which Pillow leaves in the file's depth, to 8 bits as the pixels."""
-    colour, rawmode = image.info.get("transparency"), image.tile[0][3] if image.format == "PNG" and image.tile else None
+    colour = image.info.get("transparency")
+    rawmode = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if rawmode in ("L;2", "L;4") and isinstance(colour, int):
         image.info["transparency"] = colour * (85 if rawmode == "L;2" else 17)
     if rawmode == "RGB;16B" and colour:
@@ -253,7 +254,9 @@ def full_range(image, tags, path):
     if lowest < 0:
         raise DataError(f"{path} has negative pixels, whose range is unknown; save it with unsigned ones")
     bits, declared = max(tags.get(Tag.BitsPerSample, (16,))), max(tags.get(Tag.MaxSampleValue, ()), default=0)
-    if declared >= highest and declared & (declared + 1) == 0 < declared:  # 2^bits - 1: the range, and no statistic
+    if (
+        declared >= highest and declared > 0 and declared & (declared + 1) == 0
+    ):  # 2^bits - 1: the range, and no statistic
         white = declared
     elif bits < 16 or (signed and bits == 16):
         white = 2 ** (bits - signed) - 1
@@ -263,7 +266,7 @@ def full_range(image, tags, path):
     elif highest < 2**12 and highest and image.format != "PPM":  # which says its range
         white = 2**8 - 1 if highest < 2**8 else 2**12 - 1  # as many cameras and microscopes write into 16 bits
         note(image, path, f"no grey value of 16 bits is above {white}, which is taken as white")
-        image.info[WHITE] = white  # so that it is written with values like those that were read
+        image.info[WHITE_KEY] = white  # so that it is written with values like those that were read
     else:
         white = 2**16 - 1
     if tags.get(Tag.PhotometricInterpretation) == WHITE_IS_ZERO:

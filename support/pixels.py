@@ -11,15 +11,15 @@ from PIL import Image
 from diffusion import GREY_LEVELS
 
 WHITE = {torch.uint8: 255, torch.uint16: 65535}  # the value of 1 in integer pixels; 0 is that of -1
-BEYOND = 5  # no noise takes the values of an image in [-1, 1] this far from 0
+BEYOND = 10  # the strongest noise that a network knows stays far below it, the values of another scale do not
 
 
 def unpack(image):
     """The pixels of an image, a tensor (C, H, W) of C = 1 or 3, and the function that makes such an image of pixels.
 
-    Pixels are uint8, uint16 or floating in [-1, 1]. image: a Pillow image in one of the modes of `writable`; a NumPy
-    array (H, W), (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a tensor (C, H, W), uint8, uint16 or
-    floating in [-1, 1]. Raises ValueError for any other.
+    Pixels are uint8, uint16 or floating in [-1, 1]. image: a Pillow image of a mode that `to_supported_mode` takes; a
+    NumPy array (H, W), (H, W, 1) or (H, W, 3), uint8, uint16 or floating in [0, 1]; or a tensor (C, H, W), uint8,
+    uint16 or floating in [-1, 1]. Raises ValueError for any other.
     """
     if isinstance(image, Image.Image):
         return unpack_pillow(image)
@@ -41,7 +41,7 @@ def unpack_pillow(image):
     """Alpha and info go back where they came from."""
     if not image.width * image.height:
         raise ValueError(f"an image of {image.width}x{image.height} pixels is empty")
-    image = writable(image)
+    image = to_supported_mode(image)
     mode, info = image.mode, dict(image.info)
     alpha = image.getchannel("A") if mode.endswith("A") else None
     planes = np.atleast_3d(np.array(image))[..., : 3 if mode.startswith("RGB") else 1]
@@ -73,7 +73,7 @@ def unpack_array(array):
     return 2 * pixels - 1 if floating else pixels, pack
 
 
-def writable(image):
+def to_supported_mode(image):
     """A Pillow image in a mode whose values come back unchanged: L, LA, RGB, RGBA or, for 16 bits, I;16.
 
     Raises ValueError for a mode whose range or colours none of them has.

@@ -10,7 +10,6 @@ run.after_epoch(test_loss, shares)
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ import config
 import data
 import unet
 from config import UserError
-from support import checkpoint, devices, figures, loggers
+from support import checkpoint, devices, figures, lock, loggers
 
 SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
 # A resumed run takes the settings that were not typed from its checkpoint, except these, which belong to one start.
@@ -49,21 +48,22 @@ class Folder:
 def begin(cfg, settings):
     """Take the run's folder: (cfg, saved, Folder), where `saved` is the state to resume from, or None.
 
-    A resumed run gets the settings of its checkpoint. Raises CheckpointError if another process uses the folder, if a
-    setting that was typed contradicts the checkpoint, or if checkpoints of another run would be harmed.
+    A resumed run gets the settings of its checkpoint. Raises UserError if another process uses the folder, and
+    CheckpointError if a setting that was typed contradicts the checkpoint, or checkpoints of another run would be
+    harmed.
     """
     if cfg.resume not in (None, "auto") and "out_dir" not in cfg.given:
         cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.resume).parent))
     if cfg.resume not in (None, "auto") and not Path(cfg.resume).is_file():
         raise checkpoint.CheckpointError(f"--resume {cfg.resume}: there is no such file; name one that train.py saved")
-    lock = checkpoint.lock(cfg.out_dir) if os.environ.get("RANK", "0") == "0" else None
+    held = lock.take(cfg.out_dir) if config.is_main_process() else None
     saved, in_the_way = None, checkpoint.in_folder(cfg.out_dir)
     if cfg.resume == "auto":
         try:
             path, saved = checkpoint.load_newest(cfg.out_dir, NEEDS, settings)
             cfg, in_the_way = dataclasses.replace(cfg, resume=str(path)), []  # what is newer is damaged
         except checkpoint.NoCheckpointError:
-            if lock:
+            if held:
                 print(f"{cfg.out_dir} holds no checkpoint yet: a new run starts")
     elif cfg.resume is not None:
         saved = checkpoint.load(cfg.resume, NEEDS, settings)
@@ -75,7 +75,7 @@ def begin(cfg, settings):
             f"{cfg.out_dir} already holds {in_the_way[-1].name}; go on from it with --resume auto, "
             "choose another --out-dir, or replace what is there with --overwrite"
         )
-    return settings_of(saved, cfg, settings) if saved else cfg, saved, Folder(lock, in_the_way)
+    return settings_of(saved, cfg, settings) if saved else cfg, saved, Folder(held, in_the_way)
 
 
 def settings_of(saved, cfg, settings):
@@ -282,7 +282,8 @@ class Run:
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         if not all(x.isfinite().all() for x in (sums, *self.model.state_dict().values(), *moments)):
             raise UserError(
-                f"not finite by step {self.step} at a learning rate of {self.lr:.1e}, so nothing was saved; lower --lr"
+                f"weights, optimizer or loss are not finite by step {self.step} at a learning rate of {self.lr:.1e}, "
+                "so nothing was saved; lower --lr"
             )
         if not world.main or self.step == 0:
             return False

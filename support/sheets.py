@@ -35,7 +35,7 @@ def strengths(pixels, sigma, denoise):
 
 
 def middle(pixels, size=MIDDLE):
-    """The middle (C, size, size) of pixels (C, H, W), or less where they are fewer."""
+    """The middle (C, size, size) of pixels (C, H, W), or fewer pixels where the picture is smaller."""
     y, x = (max(0, length - size) // 2 for length in pixels.shape[1:])
     return pixels[:, y : y + size, x : x + size]
 

@@ -15,7 +15,7 @@ from support.metrics import BANDS, METRICS, interval
 # PSNR in dB on CBSD68 (whole pictures, float noise, mean over pictures), as published.
 PUBLISHED = {
     "CBM3D (published, arXiv 1710.04026)": (33.52, 30.71, 27.38),
-    "CDnCNN-B (published, arXiv 1710.04026)": (33.89, 31.23, 27.92),
+    "CDnCNN-B, not told sigma (published, arXiv 1710.04026)": (33.89, 31.23, 27.92),
     "FFDNet (published, arXiv 1710.04026)": (33.87, 31.21, 27.96),
     "DRUNet, 32 million parameters (published, arXiv 2008.13751)": (34.30, 31.69, 28.51),
 }
@@ -49,6 +49,7 @@ def summary(records):
 
 
 def one_step(records):
+    """A row for each level: the loss, each metric of the noisy images and of the estimate, autocorrelation."""
     columns, rows, found = {"sigma": 2, "t": 2, "loss": 4}, [], select(records, method="network", steps=1)
     for metric in METRICS.values():
         columns |= {f"{metric.name} noisy": metric.digits, metric.name: metric.digits}
@@ -59,6 +60,7 @@ def one_step(records):
 
 
 def control(records):
+    """The control's loss and metrics, and the network's minus these, paired by image."""
     quantities = {"loss": ("loss", 4)} | {key: (metric.name, metric.digits) for key, metric in METRICS.items()}
     columns, rows = {"sigma": 2, "t": 2}, []
     for name, digits in quantities.values():

@@ -99,7 +99,7 @@ class World(NamedTuple):
         return DistributedDataParallel(model, [self.device] if cuda else None) if self.size > 1 else model
 
     def try_compiled(self, model, cfg):
-        """Compile before the clock starts, on a batch of zeros; go on uncompiled where that fails."""
+        """Compile before the clock starts, on a batch of black images; go on uncompiled where that fails."""
         buffers = [buffer.clone() for buffer in model.buffers()]
         shape = (cfg.batch_size // self.size, 3, cfg.crop_size, cfg.crop_size)
         x0 = data.scale(torch.zeros(shape, device=self.device))
@@ -115,7 +115,7 @@ class World(NamedTuple):
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             self.warn(f"the network cannot be compiled here ({reason[0]}); training without")
         model.zero_grad()
-        for buffer, before in zip(model.buffers(), buffers):  # BatchNorm has seen the zeros
+        for buffer, before in zip(model.buffers(), buffers):  # BatchNorm has seen them
             buffer.copy_(before)
 
     def leave(self):
@@ -173,8 +173,9 @@ class Signals:
 
     def __exit__(self, *_):
         # torchrun sends SIGTERM when a peer has died: it must not keep this process from reporting the error.
-        for signum, handler in self.handlers.items() if self.world.size == 1 else ():
-            signal.signal(signum, handler)
+        if self.world.size == 1:
+            for signum, handler in self.handlers.items():
+                signal.signal(signum, handler)
 
     def note(self, signum, frame):
         self.came = signum

@@ -24,7 +24,8 @@ import data
 import train
 import unet
 from benchmarks import export
-from support import checkpoint, entries, files, muon
+from config import UserError
+from support import archive, checkpoint, entries, files, lock, muon
 from support.checkpoint import CheckpointError, DamagedError, NoCheckpointError
 
 CFG = config.defaults(unet.SETTINGS | data.SETTINGS, widths=(4, 4, 8), t_dim=8)
@@ -258,11 +259,11 @@ def test_a_save_that_fails_leaves_what_was_there(whole, path, monkeypatch, fails
 
 def test_a_folder_is_held_by_one_run(tmp_path):
     pytest.importorskip("fcntl")
-    held = checkpoint.lock(tmp_path)
-    with pytest.raises(CheckpointError, match=f"is in use by process {os.getpid()} on {socket.gethostname()}"):
-        checkpoint.lock(tmp_path)
+    held = lock.take(tmp_path)
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on {socket.gethostname()}"):
+        lock.take(tmp_path)
     held.close()
-    checkpoint.lock(tmp_path).close()
+    lock.take(tmp_path).close()
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
@@ -270,26 +271,26 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
-    checkpoint.lock(tmp_path).close()
+    lock.take(tmp_path).close()
     assert re.search(r"cannot be locked \(.*No locks available\); start no second run in it", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes are POSIX")
 @pytest.mark.parametrize("kind", ["symlink", "dangling link", "hard link", "pipe", "folder"])
 def test_a_lock_that_is_no_file_of_ours_harms_nothing(tmp_path, kind):
-    lock, target = tmp_path / "run" / ".lock", tmp_path / "precious.txt"
-    lock.parent.mkdir()
+    file, target = tmp_path / "run" / ".lock", tmp_path / "precious.txt"
+    file.parent.mkdir()
     target.write_text("precious")
     if kind == "hard link":
-        lock.hardlink_to(target)
+        file.hardlink_to(target)
     elif kind == "pipe":
-        os.mkfifo(lock)
+        os.mkfifo(file)
     elif kind == "folder":
-        lock.mkdir()
+        file.mkdir()
     else:
-        lock.symlink_to(target if kind == "symlink" else tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"is not a lock file of train\.py; delete it"):
-        checkpoint.lock(lock.parent)
+        file.symlink_to(target if kind == "symlink" else tmp_path / "absent")
+    with pytest.raises(UserError, match=r"is not a lock file of train\.py; delete it"):
+        lock.take(file.parent)
     assert target.read_text() == "precious" and not (tmp_path / "absent").exists()
 
 
@@ -301,7 +302,7 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     (tmp_path / "res").mkdir()
     for name in [*ours, *others]:
         (tmp_path / name).write_bytes(b"")
-    checkpoint.lock(tmp_path).close()
+    lock.take(tmp_path).close()
     found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert found == {*others, ".lock"}
 
@@ -309,11 +310,8 @@ def test_leftovers_go_and_nothing_else(tmp_path):
 # ---- files that are not what was saved ---------------------------------------------------------------------------
 
 
-def test_what_is_no_checkpoint_is_named(whole, path, monkeypatch):
+def test_what_is_no_checkpoint_is_named(whole, path):
     assert "does not exist; name a checkpoint that train.py saved" in refusal(path)
-    with monkeypatch.context() as provided:
-        provided.setattr(checkpoint, "SHIPPED", path)
-        assert "does not exist; restore it" in refusal(path)
     assert "cannot be read (File name too long)" in refusal(path.with_name(f"{'x' * 300}.pth"))
     path.write_bytes(b"")
     assert "is empty" in refusal(path)
@@ -519,7 +517,7 @@ def hold(path, monkeypatch):
     """hold(state): have `path` hold it, without the time that writing and parsing a file takes."""
 
     def hold(state):
-        checkpoint.check_size(state, 10**6, 10**9)
+        archive.check_size(state, 10**6, 10**9)
         monkeypatch.setattr(checkpoint, "read", lambda path: state | {"checksum": checkpoint.checksum(state)})
 
     return hold

@@ -24,7 +24,7 @@ needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, re
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    cfg = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, widths=(4, 4, 8), t_dim=8)
+    cfg = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE_SETTINGS, widths=(4, 4, 8), t_dim=8)
     model = unet.build(**unet.describe(cfg)).eval()
     return denoise.Network(model, cfg, Path("tiny.pth"), torch.device("cpu"), "float32", 24)
 

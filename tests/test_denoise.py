@@ -30,7 +30,7 @@ from support import checkpoint, devices, metrics, picture_files, pictures, pixel
 from support.datasets import leaves
 
 T, MU, S = 10, 0.2, 0.5
-CFG = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, widths=(4, 4, 8), t_dim=8)
+CFG = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE_SETTINGS, widths=(4, 4, 8), t_dim=8)
 
 
 def optimal_eps(x, t):
@@ -207,7 +207,7 @@ def test_what_a_network_is_told_of_a_grey_picture():
         return torch.zeros_like(x)
 
     for kind, shares in (("white", (0.25, 0.1)), ("mixed", (0.25, 0.1)), ("mixed", (0.0, 0.1))):
-        known = network(model)._replace(trained=dataclasses.replace(CFG, noise=kind, noise_shares=shares))
+        known = network(model)._replace(train_cfg=dataclasses.replace(CFG, noise=kind, noise_shares=shares))
         assert math.isfinite(denoise.denoise_pixels(known, torch.from_numpy(noise(1, 20, 24)), 25.5).level.sigma)
     assert told == pytest.approx([2 * math.sqrt(3), 2, 2 * math.sqrt(3)])
 
@@ -431,6 +431,13 @@ def test_python_is_left_as_it_was(weights):
 def test_images_that_are_refused(image, message, weights):
     with pytest.raises(ValueError, match=message):
         denoise.denoise(image, weights=weights["unet"])
+
+
+def test_the_strongest_noise_that_a_network_knows_is_taken(weights):
+    """The extremes of a million numbers around white lie beyond 5, far from [-1, 1]."""
+    noisy = 1 + 0.9 * torch.randn(3, 576, 576, generator=torch.Generator().manual_seed(0))
+    assert noisy.max() > 5
+    denoise.denoise(noisy, sigma=0.9 * diffusion.GREY_LEVELS, weights=weights["unet"])
 
 
 @pytest.mark.parametrize(
@@ -711,7 +718,7 @@ def test_an_empty_name_is_not_the_folder_that_one_is_in(line, run, capsys):
     """As an unset variable of the shell gives it."""
     write("a.png", noise(8, 8, 3))
     assert run(*line) == 2
-    assert "must be a name, not empty" in capsys.readouterr().err and not Path("x").exists()
+    assert "must be the name of a file or folder, not empty" in capsys.readouterr().err and not Path("x").exists()
 
 
 @pytest.mark.parametrize("highest", [255, 4095, 65535])
@@ -940,10 +947,10 @@ def test_it_says_when_almost_nothing_was_removed(run, capsys):
     ],
 )
 def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
-    trained = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE, **settings)
+    train_cfg = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE_SETTINGS, **settings)
     noisy, clean = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
     noisy[1] = 0.5  # colours
-    model = network(None)._replace(trained=trained)
+    model = network(None)._replace(train_cfg=train_cfg)
 
     def doubt(sigma):
         level = denoise.Level(sigma / 2, 0, 255)

@@ -40,7 +40,7 @@ def test_quality_tells_the_loss_of_eps_and_the_measures(pair):
     def model(x, t):
         return 0.9 * eps + 0.02 * x
 
-    x0_hat = measure.network(model, T)(x_t, sigma)
+    x0_hat = measure.estimator(model, T)(x_t, sigma)
     q = measure.quality(x0_hat, x0, x_t, sigma)
     expected = (model(x_t, torch.full((3,), 3)) - eps).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(q["loss"], expected, rtol=1e-4, atol=0)
@@ -93,7 +93,7 @@ def test_large_images_go_through_the_network_a_few_at_a_time():
 
     x = torch.randn(3, 3, 512, 500, generator=torch.Generator().manual_seed(0))
     in_parts = measure.in_precision(model, "float32")
-    assert torch.equal(measure.network(in_parts, 10)(x, 0.2), x - 0.2 * x * 2)
+    assert torch.equal(measure.estimator(in_parts, 10)(x, 0.2), x - 0.2 * x * 2)
     assert seen == [1, 1, 1]
 
 
@@ -116,7 +116,7 @@ def test_the_mean_loss_is_that_of_training():
     expected = held_out.held_out_loss(cfg, place, model, images)
     model.eval()
     jobs = [measure.Job("clean", 9, [None])]
-    jobs += [measure.Job("network", t, [measure.network(model, 10)], 1, "euler") for t in range(1, 10)]
+    jobs += [measure.Job("network", t, [measure.estimator(model, 10)], 1, "euler") for t in range(1, 10)]
     with torch.inference_mode():
         summary = tables.summary(measure.run(jobs, 10, images))
     name, (mean, _) = summary["rows"][1]
@@ -276,7 +276,7 @@ def test_the_script_and_that_its_outputs_agree(untrained, blur_alone, run_script
     assert row["difference"]["mean"] == pytest.approx(row["network"]["mean"] - max(others), abs=1e-4)
     blurred = [metrics.psnr(estimate(x_t[:2], 0.3), x0[:2]).mean() for estimate in classical.methods()["blur"]]
     assert row["blur"]["mean"] == pytest.approx(max(blurred).item(), abs=1e-3)
-    model, trained = checkpoint.load_model("model/unet32_e0.pth", "cpu")
+    model, train_cfg = checkpoint.load_model("model/unet32_e0.pth", "cpu")
     t = torch.full((3,), 5)
     with torch.no_grad():
         errors = 127.5 * diffusion.estimate_sigma(model, x0[:3] + 25 / 127.5 * eps[:3], 10) - 25
@@ -292,7 +292,7 @@ def test_the_script_and_that_its_outputs_agree(untrained, blur_alone, run_script
         assert [row[band]["mean"] for band in metrics.BANDS] == pytest.approx(sharpness.tolist(), rel=1e-3)
         gain = (metrics.psnr(x0_hat, x0[:3]) - metrics.psnr(one_step, x0[:3])).mean().item()
         assert row["PSNR gain"]["mean"] == pytest.approx(gain, abs=1e-3)
-    shares = held_out.channels_in_use(trained, model, images)
+    shares = held_out.channels_in_use(train_cfg, model, images)
     assert {row["block"]: row["in use, %"] for row in channels} == pytest.approx(
         {k: 100 * v for k, v in shares.items()}
     )
@@ -524,13 +524,13 @@ def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
 
 def test_a_training_run_may_delete_the_weights_meanwhile(untrained, run_script, photographs, tmp_path, monkeypatch):
     untrained()
-    measured = measure.pictures
+    measured = measure.run_whole
 
     def at_work(*args):
         (tmp_path / "model/unet32_e0.pth").unlink(missing_ok=True)
         return measured(*args)
 
-    monkeypatch.setattr(measure, "pictures", at_work)
+    monkeypatch.setattr(measure, "run_whole", at_work)
     code, out, err = run_script("--dataset", "folder", "--data-dir", photographs)
     assert code == 0 and "PSNR on 2 whole test pictures" in out, err
 
@@ -602,7 +602,7 @@ def test_cbsd68_is_told_by_number_and_size(count, size, published, monkeypatch):
     pictures = [lambda: torch.zeros(3, *size, dtype=torch.uint8)] * count
     seen = []
     record = Record("noisy", 0, {key: torch.zeros(count) for key in metrics.METRICS})
-    monkeypatch.setattr(measure, "pictures", lambda *args: [record])
+    monkeypatch.setattr(measure, "run_whole", lambda *args: [record])
     monkeypatch.setattr(tables, "pictures", lambda records, key, published: seen.append(published))
     cfg = config.defaults(evaluate.SETTINGS, baselines=0)
     evaluate.evaluate_pictures(cfg, {"network": (None, 10)}, False, pictures, "cpu", weights=None)

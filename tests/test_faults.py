@@ -20,7 +20,7 @@ from conftest import ROOT, SMALL, states_equal
 
 import data
 from config import UserError
-from support import checkpoint, loggers, muon
+from support import checkpoint, lock, loggers, muon
 from support import run as runs
 from support.world import Signals, Stopped, World
 
@@ -212,7 +212,7 @@ def test_kill_9_loses_at_most_the_work_since_the_last_save(start, tmp_path):
         path, state = checkpoint.load_newest(folder)
         assert state["step"] > beyond
         step = state["step"]
-    checkpoint.lock(folder).close()
+    lock.take(folder).close()
     assert not list(folder.glob(".tmp*"))
 
 
@@ -299,7 +299,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(script, picture
 
 
 def test_two_runs_in_one_folder(run, start, tmp_path):
-    held = checkpoint.lock("model")
+    held = lock.take("model")
     process = start("--epochs", 1, *SMALL)
     _, err = process.communicate()
     assert process.returncode == 1

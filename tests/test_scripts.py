@@ -263,9 +263,9 @@ def test_overfit_says_when_the_loss_does_not_get_there(run_script, pictures):
 
 
 def test_other_images_are_not_looked_for_where_those_of_the_training_were(monkeypatch):
-    trained = config.defaults(train.SETTINGS, dataset="folder", data_dir="pictures")
+    train_cfg = config.defaults(train.SETTINGS, dataset="folder", data_dir="pictures")
     monkeypatch.setattr(checkpoint, "choose", lambda *_: Path("model/unet32_e0.pth"))
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (None, trained))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (None, train_cfg))
     for dataset, expected in (("auto", "pictures"), ("folder", "pictures"), ("cifar10", "data")):
         typed = {"device", "dataset"} - ({"dataset"} if dataset == "auto" else set())
         cfg = config.defaults(visualize.SETTINGS, dataset=dataset, device="cpu")
@@ -276,8 +276,8 @@ def test_other_images_are_not_looked_for_where_those_of_the_training_were(monkey
 
 
 def test_figures_lie_with_their_weights_and_the_limit_of_the_training_is_not_theirs(monkeypatch):
-    trained = config.defaults(train.SETTINGS, dataset="leaves", limit=5)
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (None, trained))
+    train_cfg = config.defaults(train.SETTINGS, dataset="leaves", limit=5)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (None, train_cfg))
     for given, expected in (((), "mine"), (("out_dir",), "figures")):
         cfg = config.defaults(visualize.SETTINGS, weights="mine/unet32_e0.pth", out_dir="figures", device="cpu")
         cfg = checkpoint.load_run(dataclasses.replace(cfg, given=frozenset(given)))[-1]
@@ -344,6 +344,13 @@ def test_few_noise_levels(T, run_script, pictures, monkeypatch):
 def test_settings_of_two_figures_are_refused(args, run_script):
     code, _, err = run_script(visualize, *args)
     assert code == 1 and re.fullmatch(r"error: --(curves|t) .*; (draw|name|give|leave) .*\n", err)
+
+
+@pytest.mark.parametrize("module", [evaluate, overfit, visualize])
+@pytest.mark.parametrize("args", [("--fresh-crops",), ("--scales", 1, 0.5), ("--crops-per-image", 3)])
+def test_settings_of_training_images_are_refused_where_test_images_are_used(module, args, run_script):
+    code, _, err = run_script(module, "--dataset", "folder", *args)
+    assert code == 1 and err == f"error: {args[0]} is for training images; leave it out\n"
 
 
 def test_settings_that_the_network_does_not_take_are_refused(run_script):

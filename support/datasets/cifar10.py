@@ -39,7 +39,7 @@ def read(split, data_dir):
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         for path in [Path(data_dir) / cifar10.filename, *(Path(data_dir) / cifar10.base_folder).glob("*")]:
-            if path.exists() and not path.is_file():  # torchvision would wait for ever at a pipe
+            if path.exists() and not path.is_file():  # torchvision would wait forever at a pipe
                 raise DataError(f"{path} is not a regular file; remove it, or choose another --data-dir")
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy's, about the age of the pickled arrays
