@@ -76,8 +76,8 @@ def whole_pictures(split, cfg):
         return name, path
 
     named = DATASETS[cfg.dataset].files(split, cfg)
-    if cfg.skip_bad_images:
-        named = folder.read_all(split, named, cfg, readable, threads=1)  # one picture in memory
+    # Before the long work, and with one picture at a time in memory.
+    named = folder.read_all(split, named, cfg, readable, threads=1)
     return [functools.partial(read_whole, path, cfg.max_pixels) for _, path in named]
 
 

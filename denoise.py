@@ -10,13 +10,14 @@ From Python:
     clean = denoise.denoise(image)                         a Pillow image, a NumPy array or a tensor; you get the same
 
 Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data, colour profile and resolution stay where the format has
-them; a picture turned by EXIF is written upright. Lost are depth beyond 8 bits in colour, the EXIF data of a TIFF, the
-gamma of a PNG, and of an animation all frames but the first. A large picture goes through the network in tiles that
-give what the whole would.
+them; a picture turned by EXIF is written upright. Lost are depth beyond 8 bits in colour, the EXIF data of a TIFF, XMP
+data, comments and other texts, the gamma of a PNG, and of an animation all frames but the first. A large picture goes
+through the network in tiles that give what the whole would.
 """
 
 import functools
 import math
+import numbers
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def denoise(image, sigma=None, strength=1, weights=None, ensemble=1):
     Raises ValueError for other images and settings, CheckpointError, and UserError for a large image where the network
     must see it as a whole.
     """
-    if not (isinstance(ensemble, int) and 1 <= ensemble <= 8):
+    if not (isinstance(ensemble, numbers.Integral) and 1 <= ensemble <= 8):
         raise ValueError("ensemble must be a whole number from 1 to 8")
     if not (0 < strength <= LARGEST and (sigma is None or 0 < sigma <= LARGEST)):
         raise ValueError(f"sigma and strength must be above 0 and at most {LARGEST}")
@@ -191,7 +192,6 @@ def denoise_file(source, target, network, cfg):
     noisy, pack = pixels.unpack(image)
     del image  # of a large picture, memory that the network needs
     result = denoise_pixels(network, noisy, cfg.sigma, cfg.strength, cfg.steps, cfg.ensemble)
-    picture_files.write(pack(result.clean), target, options, cfg.overwrite)
 
     def at_level(x, sigma):
         return denoise_pixels(network, x, sigma, steps=cfg.steps, ensemble=cfg.ensemble).clean
@@ -202,6 +202,7 @@ def denoise_file(source, target, network, cfg):
         else:
             figure = sheets.strengths(noisy, result.level.sigma, at_level)
         picture_files.write(figure, picture_files.beside(target, extra), {"format": "PNG"}, cfg.overwrite)
+    picture_files.write(pack(result.clean), target, options, cfg.overwrite)  # last: where it is, all is
     tqdm.write(f"{source} -> {target}  {describe(result.level, cfg.sigma, cfg.strength)}")
     warnings = [f"its {what} cannot be stored there" for what in lost]
     if found := doubt(noisy, result, network, cfg.strength):

@@ -32,14 +32,14 @@ def t_of(sigma, T):
 # ---- noise and loss ----------------------------------------------------------------------------------------------
 
 
-def sigma_of_images(t, T):
-    """sigma_of(t, T) as (B, 1, 1, 1), to multiply images (B, C, H, W)."""
-    return sigma_of(t, T)[:, None, None, None]
+def sigma_of_images(t, T, x):
+    """sigma_of(t, T) as (B, 1, 1, 1), of the type of the images x (B, C, H, W) that it is to be multiplied with."""
+    return sigma_of(t, T)[:, None, None, None].to(x.dtype)
 
 
 def add_noise(x0, eps, t, T):
     """x_t = x0 + sigma * eps: variance-exploding noise (Song et al. 2021, arXiv 2011.13456)."""
-    return x0 + sigma_of_images(t, T) * eps
+    return x0 + sigma_of_images(t, T, x0) * eps
 
 
 def noise_loss(model, x0, eps, t, T):
@@ -53,7 +53,7 @@ def noise_loss(model, x0, eps, t, T):
 
 def denoise(model, x_t, t, T):
     """One step: x0_hat = x_t - sigma * eps_hat, an estimate of E[x0 | x_t] (Tweedie's formula, Robbins 1956)."""
-    return x_t - sigma_of_images(t, T) * model(x_t, t).float()
+    return x_t - sigma_of_images(t, T, x_t) * model(x_t, t).float()
 
 
 def denoise_steps(model, x_t, t, T, steps, sampler="euler"):
@@ -72,7 +72,7 @@ def euler(model, x, ts, T):
     ts: the times to visit, each (B,), the first that of x.
     """
     for t, t_next in itertools.pairwise(ts):
-        x = x + (sigma_of_images(t_next, T) - sigma_of_images(t, T)) * model(x, t).float()
+        x = x + (sigma_of_images(t_next, T, x) - sigma_of_images(t, T, x)) * model(x, t).float()
     return x
 
 
@@ -83,7 +83,7 @@ def heun(model, x, ts, T):
     """
     for t, t_next in itertools.pairwise(ts):
         slope = model(x, t).float()
-        change = sigma_of_images(t_next, T) - sigma_of_images(t, T)
+        change = sigma_of_images(t_next, T, x) - sigma_of_images(t, T, x)
         if (t_next > 0).any():
             slope = (slope + model(x + change * slope, t_next).float()) / 2
         x = x + change * slope
@@ -148,7 +148,7 @@ def estimate_sigma(model, x_t, T, iterations=9, highest=None):
     high = torch.full_like(low, T if highest is None else highest)
     for _ in range(iterations):
         t = (low + high) / 2
-        sigma = sigma_of_images(t, T)
+        sigma = sigma_of_images(t, T, x_t)
         h = 0.1 * sigma
         eps_hat = model(x_t, t).float()
         divergence = probe * (model(x_t + h * probe, t).float() - eps_hat) / h

@@ -12,6 +12,7 @@ Of images of one size it also draws model/res/evaluation_{checkpoint}.png.
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -137,6 +138,8 @@ def check_reports(cfg):
     Raises UserError or OSError.
     """
     reports = [path for path in (cfg.json, cfg.markdown) if path]
+    for path in filter(os.path.isdir, reports):
+        raise UserError(f"{path} is a folder; choose another name")
     if not cfg.overwrite:
         files.refuse_existing(*reports, remedy="choose another name, or add --overwrite to replace it")
     for path in reports:
@@ -144,19 +147,23 @@ def check_reports(cfg):
 
 
 def report(cfg, about, made):
-    """Write the report files, then print the tables, even if writing has failed."""
+    """Print the tables, and write the report files. Raises UserError if one cannot be written."""
     lines = "\n".join(f"- {name}: {value}" for name, value in about.items() if value is not None)
     text = "\n\n".join([lines, *map(tables.as_text, made)]) + "\n"
     document = json.dumps(dict(provenance=about, tables=[*map(tables.as_data, made)]), indent=1)
-    try:
-        for path, content in ((cfg.json, document), (cfg.markdown, text)):
-            if path:
+    print(text)
+    unsaved = []
+    for path, content in ((cfg.json, document), (cfg.markdown, text)):
+        if path:
+            try:
                 files.write_text(path, content, replace=cfg.overwrite)
                 print(f"tables saved: {path}")
-    except FileExistsError:  # it was not there at the start
-        raise UserError(f"{path} was created meanwhile and is not replaced; the tables are printed above") from None
-    finally:
-        print(text)
+            except FileExistsError:
+                unsaved.append(f"{path} was created meanwhile and is not replaced")
+            except OSError as error:
+                unsaved.append(f"{path} cannot be written ({error.strerror or error})")
+    if unsaved:
+        raise UserError(f"{'; '.join(unsaved)}; the tables are printed above")
 
 
 def main():

@@ -83,8 +83,9 @@ class UNet(nn.Module):
         Returns the predicted noise, (B, C, H, W). Raises ValueError for any other H or W.
         """
         check_size(x)
+        dtype = self.time_mlp[0].weight.dtype
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round t to 8 significant bits
-            t_emb = self.time_mlp(self.t_scale * t.float()[:, None])  # (B, t_dim)
+            t_emb = self.time_mlp(self.t_scale * t.to(dtype)[:, None])  # (B, t_dim)
         e1 = self.enc1(x, t_emb)  # (B, 64, H, W)
         e2 = self.enc2(self.pool1(e1), t_emb)  # (B, 128, H/2, W/2)
         h = self.bottleneck(self.pool2(e2), t_emb)  # (B, 256, H/4, W/4)

@@ -33,7 +33,7 @@ def pick(name, local_rank=0, world_size=1):
         device = torch.device(name)
         torch.ones(2, device=device).sum().item()  # a kernel must run: an old GPU can lack it
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:200]  # some name all devices there are
         if not auto or world_size > 1:
             remedy = "use another, or fewer processes" if world_size > 1 else "use another, such as --device cpu"
             raise UserError(f"--device {name} cannot be used ({reason}); {remedy}") from None

@@ -92,6 +92,9 @@ def check_log(state):
         must(is_number(row.get("epoch"), int) and row["epoch"] == i, f"log[{i}]['epoch']", i)
         for name in LOG_NUMBERS:
             must(is_number(row.get(name)), f"log[{i}][{name!r}]", "a number of at least 0")
+        share, block = row.get("channels_in_use", 0.0), row.get("of_block", "")
+        must(isinstance(share, float | int), f"log[{i}]['channels_in_use']", "a number")
+        must(isinstance(block, str), f"log[{i}]['of_block']", "a text")
         must(is_number(row["step"], int) and row["step"] > last, f"log[{i}]['step']", f"a whole number above {last}")
         last = row["step"]
     step = state.get("step", last)

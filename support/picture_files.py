@@ -50,7 +50,8 @@ def plan(inputs, output, overwrite=False, extras=()):
 
 def pairs_of(inputs, output):
     """See `plan`; whether the targets can be written is not checked."""
-    to_folder = len(inputs) > 1 or os.path.isdir(inputs[0]) or os.path.isdir(output) or output.endswith(("/", os.sep))
+    named_folder = os.path.isdir(output) or output.endswith(("/", os.sep))
+    to_folder = named_folder or len(inputs) > 1 or os.path.isdir(inputs[0])
     output, pairs = Path(output), []
     for path in map(Path, inputs):
         if path.is_dir():
@@ -67,6 +68,8 @@ def pairs_of(inputs, output):
         raise UserError(f"no pictures (.png, .jpg, ...) in {', '.join(inputs)}")
     if to_folder and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; several pictures need a folder to go to")
+    if to_folder and not named_folder and output.suffix.lower() in pictures.IMAGE_FILES:
+        raise UserError(f"{output} has the ending of a picture; name a folder for several (with a / at its end)")
     return list(dict.fromkeys(pairs))  # overlapping patterns of the shell name a file twice
 
 
@@ -77,7 +80,7 @@ def check_free(path, originals, overwrite):
         raise UserError(f"{path} is a folder; choose another output")
     if path.exists() and identity(path) in originals:
         raise UserError(f"{path} is an input, which is never overwritten; choose another output")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise already_there(path)
 
 

@@ -25,16 +25,22 @@ def unpack(image):
         return unpack_pillow(image)
     if isinstance(image, np.ndarray):
         pixels, pack = unpack_array(image)
-    elif isinstance(image, torch.Tensor) and (image.is_floating_point() or image.dtype in WHITE):
-        pixels, pack = image.detach(), torch.Tensor.contiguous  # not a view of one grey plane
+    elif isinstance(image, torch.Tensor) and is_usable(image):
+        pixels, pack = image.detach().resolve_neg(), torch.Tensor.contiguous  # not a view of one grey plane
     else:
         kind = getattr(image, "dtype", type(image).__name__)
-        raise ValueError(f"a Pillow image, a NumPy array or a tensor (uint8, uint16 or floating) is needed, not {kind}")
+        raise ValueError(f"a Pillow image, an array or a tensor (dense; uint8, uint16 or float) is needed, not {kind}")
     if pixels.dim() != 3 or len(pixels) not in (1, 3) or not pixels.numel():
         raise ValueError(f"an image of 1 or 3 channels is needed, not an array of the shape {tuple(image.shape)}")
     if pixels.dtype not in WHITE and not pixels.abs().max() < BEYOND:
         raise ValueError("an array of floats must be in [0, 1] and a tensor in [-1, 1], without NaN")
     return pixels, pack
+
+
+def is_usable(tensor):
+    """Whether it has values of a type in which an image can be."""
+    has_values = tensor.layout is torch.strided and not tensor.is_meta
+    return has_values and tensor.dtype in (*WHITE, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unpack_pillow(image):

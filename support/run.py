@@ -102,7 +102,7 @@ class Images(NamedTuple):
 
     train: Any  # see data.load
     test: torch.Tensor
-    about: dict  # "source", "test_source" and "fingerprint", which the checkpoint stores
+    about: dict  # "source", "test_source", "fingerprint" and "counts", which the checkpoint stores
 
 
 def load_images(cfg, world):
@@ -113,7 +113,8 @@ def load_images(cfg, world):
     if len(x_train) < cfg.batch_size:
         raise UserError(f"{len(x_train)} training images do not fill a batch of {cfg.batch_size}; lower --batch-size")
     about = dict(source=source, test_source=test_source, fingerprint=data.fingerprint(x_train, x_test))
-    start = cfg.resume, about["fingerprint"]
+    about["counts"] = [len(x_train), len(x_test)]  # the fingerprint does not tell where one split ends
+    start = cfg.resume, about["fingerprint"], about["counts"]
     if world.agree(start) != start:
         raise UserError(
             f"process {world.rank} finds other images or another checkpoint than process 0; "
@@ -147,7 +148,8 @@ class Run:
         """Go to where the checkpoint stands. Raises CheckpointError if it saw other images."""
         cfg, world = self.cfg, self.world
         about = self.images.about
-        if saved["data"]["fingerprint"] != about["fingerprint"]:
+        same = saved["data"]["fingerprint"] == about["fingerprint"]
+        if not same or saved["data"].get("counts", about["counts"]) != about["counts"]:
             raise checkpoint.CheckpointError(
                 f"{cfg.resume} was trained on other images ({saved['data']['source']}; "
                 f"{saved['data'].get('test_source', 'test images')}) than these ({about['source']}; "

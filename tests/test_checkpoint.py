@@ -473,6 +473,8 @@ EDITS = [  # the way to an entry, what it becomes (None: it is gone), what the l
     (["log", 1], 5, "log[1]"),
     (["log", 1, "test_loss"], "low", "log[1]['test_loss']"),
     (["log", 1, "step"], 1, "log[1]['step']"),
+    (["log", 1, "channels_in_use"], "all", "log[1]['channels_in_use']"),
+    (["log", 1, "of_block"], 1, "log[1]['of_block']"),
     (["log", 1, "epoch"], 3, "log[1]['epoch']"),
     (["optimizer"], [], "optimizer"),
     (["optimizer", "state"], None, "optimizer"),

@@ -367,6 +367,25 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, capsys):
     assert "WARNING: left out" in said and "1 pictures are left out; HEIC files such as photo.heic are not read" in said
 
 
+def test_a_picture_that_was_left_out_is_used_when_it_can_be_read(tmp_path, capsys, monkeypatch):
+    make_folder(tmp_path / "train", 3, 32, 32)
+    make_folder(tmp_path / "test", 1, 32, 32)
+    read = pictures.read
+
+    def failing(path, *args):
+        if path.name == "1.png":
+            raise DataError("a disk that does not answer")
+        return read(path, *args)
+
+    cfg = settings(data_dir=tmp_path, skip_bad_images=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "read", failing)
+        for _ in range(2):  # the count is given at every start
+            assert len(data.load("train", cfg)[0]) == 2
+            assert "left out 1 of 3 train images" in capsys.readouterr().err
+    assert len(data.load("train", cfg)[0]) == 3
+
+
 def test_a_folder_without_permission_is_named(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0)
@@ -413,6 +432,8 @@ def test_whole_pictures(tmp_path, capsys):
     assert len(data.whole_pictures("test", settings(data_dir=tmp_path, limit=2))) == 2
     whole = (tmp_path / "test" / "0.png").read_bytes()
     (tmp_path / "test" / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is sound
+    with pytest.raises(DataError, match=r"cut\.png cannot be read .*, or add --skip-bad-images"):
+        data.whole_pictures("test", settings(data_dir=tmp_path))  # before the long work
     read = data.whole_pictures("test", settings(data_dir=tmp_path, skip_bad_images=True))
     assert len(read) == len(made)
     assert "left out 1 of 4 test images" in capsys.readouterr().err

@@ -34,7 +34,7 @@ CFG = config.defaults(unet.SETTINGS | data.SETTINGS | data.NOISE_SETTINGS, width
 
 
 def optimal_eps(x, t):
-    sigma = diffusion.sigma_of_images(t, T)
+    sigma = diffusion.sigma_of_images(t, T, x)
     return sigma * (x - MU) / (S**2 + sigma**2)
 
 
@@ -417,9 +417,12 @@ def test_python_is_left_as_it_was(weights):
         (np.zeros((4, 4), np.int64), "floating, of at most 64 bits, not int64"),
         (np.full((4, 4), 255.0), r"floats must be in \[0, 1\]"),
         (np.full((4, 4), np.nan), "without NaN"),
-        (torch.zeros(3, 4, 4, dtype=torch.int64), "floating\\) is needed, not torch.int64"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "needed, not torch.int64"),
         (np.zeros((4, 4), np.longdouble), "of at most 64 bits, not"),
         (torch.full((3, 4, 4), 200.0), r"a tensor in \[-1, 1\]"),
+        (torch.zeros(3, 4, 4).to_sparse(), r"a tensor \(dense;"),
+        (torch.zeros(3, 4, 4, device="meta"), r"a tensor \(dense;"),
+        (torch.zeros(3, 4, 4).to(torch.float8_e4m3fn), "needed, not torch.float8_e4m3fn"),
         (torch.zeros(4, 4), "1 or 3 channels"),
         (torch.zeros(0, 3, 4, 4), "1 or 3 channels"),
         (Image.new("CMYK", (4, 4)), "mode CMYK must be converted"),
@@ -639,6 +642,10 @@ REFUSED = {
     "a.png -o folder.png/": "folder.png/a.png exists",
     "in a.png -o x/": "in/a.png and a.png would both be written to x/a.png",
     "a.png b.png -o b.png": "b.png is a file; several pictures need a folder",
+    "a.png b.png -o new.png": "new.png has the ending of a picture; name a folder for several",
+    "in -o new.jpg": "new.jpg has the ending of a picture; name a folder for several",
+    "a.png -o dangling.png": "dangling.png exists",
+    "a.png -o d.png --compare": "d_compare.png exists",
     "in -o in": "the output in is inside the input in",
     "in -o in/out": "the output in/out is inside the input in",
     "more -o .": "folder.png is a folder; choose another output",
@@ -661,6 +668,8 @@ def test_what_is_refused_before_the_network_runs(line, run, tmp_path, monkeypatc
     for name in (*names, "more/folder.png"):
         write(name, noise(8, 8, 3))
     Path("empty").mkdir()
+    for link in ("dangling.png", "d_compare.png"):
+        Path(link).symlink_to("nowhere.png")
     Path("phone.heic").write_bytes(b"ftypheic")
     write("alpha.png", noise(8, 8, 4))
     write("wide.png", np.zeros((1, 65_536, 3), np.uint8))

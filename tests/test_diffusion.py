@@ -44,6 +44,25 @@ def test_loss_of_the_optimal_denoiser(noisy):
     assert diffusion.noise_loss(lambda x, t: torch.zeros_like(x), x0, eps, t, T).item() == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.parametrize("type_of_t", [torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_images_keep_their_type_whatever_that_of_t_is(type_of_t, dtype):
+    x0, t = torch.ones(2, 3, 4, 4, dtype=dtype), torch.tensor([2, 5]).to(type_of_t)
+    seen = []
+
+    def model(x, t):
+        seen.append(x.dtype)
+        return torch.ones_like(x)
+
+    x_t = diffusion.add_noise(x0, torch.ones_like(x0), t, T)
+    torch.testing.assert_close(x_t[:, 0, 0, 0], torch.tensor([1.2, 1.5], dtype=dtype))
+    diffusion.noise_loss(model, x0.float(), x0.float(), t, T)
+    assert seen == [torch.float32]
+    for sampler in diffusion.SAMPLERS:
+        diffusion.denoise_steps(model, x_t.float(), t, T, 2, sampler)
+    assert set(seen) == {torch.float32}
+
+
 def test_one_step_is_the_posterior_mean(noisy):
     _, _, t, x_t = noisy
     sigma = (t / T).view(-1, 1, 1, 1)

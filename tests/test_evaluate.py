@@ -1,6 +1,7 @@
 """What evaluate.py measures, against the parts that it is made of, and the script as a user runs it."""
 
 import dataclasses
+import errno
 import functools
 import importlib.util
 import json
@@ -20,7 +21,7 @@ import diffusion
 import evaluate
 import train
 import unet
-from support import checkpoint, classical, figures, held_out, measure, metrics, script, streams, tables, world
+from support import checkpoint, classical, figures, files, held_out, measure, metrics, script, streams, tables, world
 from support.measure import Record
 
 needs_packages = pytest.mark.skipif(
@@ -392,6 +393,9 @@ def test_files_that_exist_are_replaced_only_if_asked(untrained, run_script, tmp_
             code, _, err = run_script(option, name)
         assert code == 1 and re.fullmatch(rf"error: {name} exists; .*--overwrite.*\n", err)
         assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / "folder.json").mkdir()
+    code, _, err = run_script("--json", "folder.json", "--overwrite")
+    assert code == 1 and err == "error: folder.json is a folder; choose another name\n"
     assert run_script(*SMALL, "--json", "e.json", "--overwrite")[0] == 0
     assert json.loads((tmp_path / "e.json").read_text())
     # A file that comes into being during the work stays, and the numbers are on the screen.
@@ -405,6 +409,23 @@ def test_files_that_exist_are_replaced_only_if_asked(untrained, run_script, tmp_
     code, out, err = run_script(*SMALL, "--markdown", "late.md")
     assert code == 1 and "late.md was created meanwhile" in err and "Summary, 1 images" in out
     assert (tmp_path / "late.md").read_text() == "mine"
+    code, _, err = run_script(*SMALL, "--json", "late.json", "--markdown", "late.md", "--overwrite")
+    assert code == 0, err
+
+
+def test_one_report_that_cannot_be_written_does_not_cost_the_other(untrained, run_script, tmp_path, monkeypatch):
+    untrained("plain")
+    write_text = files.write_text
+
+    def full(path, *args, **options):
+        if path == "e.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_text(path, *args, **options)
+
+    monkeypatch.setattr(files, "write_text", full)
+    code, out, err = run_script(*SMALL, "--json", "e.json", "--markdown", "e.md")
+    assert code == 1 and "e.json cannot be written (No space left on device); the tables are printed above" in err
+    assert "Summary, 1 images" in out and "Summary, 1 images" in (tmp_path / "e.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

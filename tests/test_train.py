@@ -373,6 +373,11 @@ def test_a_checkpoint_of_other_images_is_refused(run, pictures, tmp_path):
         Image.new("RGB", (32, 32)).save(others / split / "0.png")
         with pytest.raises(checkpoint.CheckpointError, match="was trained on other images"):
             run("--resume", "auto", "--data-dir", others, "--epochs", 3)
+    regrouped = shutil.copytree(pictures, tmp_path / "regrouped")
+    first = min((regrouped / "test").iterdir())
+    first.rename(regrouped / "train" / f"z{first.name}")  # in the same order as before, but no longer held out
+    with pytest.raises(checkpoint.CheckpointError, match="was trained on other images"):
+        run("--resume", "auto", "--data-dir", regrouped, "--epochs", 3)
 
 
 def test_only_what_makes_no_other_run_may_change():

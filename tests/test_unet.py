@@ -50,6 +50,17 @@ def table_forward(s, x, t):
     return apply(F.conv2d, "final", h)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)])
+def test_the_network_computes_in_the_type_of_its_weights(dtype, tolerance):
+    model = UNet()
+    model.load_state_dict(table_state())
+    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 9])
+    expected = model(x, t)
+    found = model.to(dtype)(x.to(dtype), t)
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() < tolerance * expected.std()
+
+
 def test_unet_is_the_table():
     model, state = UNet(), table_state()
     assert sum(p.numel() for p in model.parameters()) == 2_176_515

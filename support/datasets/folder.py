@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -90,7 +91,8 @@ def fixed_crops(split, named, cfg):
         good = read_all(split, named, cfg, crops)
         return torch.from_numpy(np.concatenate(good)), {"pictures": len(good)}
 
-    if len(named) == cfg.limit:  # a few of the files must not replace what is stored of all
+    # A few of the files must not replace what is stored of all, nor may one that could not be read be left out forever.
+    if len(named) == cfg.limit or cfg.skip_bad_images:
         images, about = make()
     else:
         path = cache_file(split, named, count, cfg)
@@ -247,7 +249,7 @@ def available_memory():
 def cache_file(split, named, count, cfg):
     """Where the crops are stored: the name changes with everything that they depend on."""
     of_split = (cfg.crops_per_image, cfg.scales) if split == "train" else ()
-    key = hashlib.sha256(repr((count, cfg.crop_size, *of_split, cfg.skip_bad_images, cfg.max_pixels)).encode())
+    key = hashlib.sha256(repr((count, cfg.crop_size, *of_split, cfg.max_pixels, PIL.__version__)).encode())
     for name, path in named:
         with contextlib.suppress(OSError):  # a file that vanishes meanwhile is reported when it is read
             status = os.stat(path)
