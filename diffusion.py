@@ -43,7 +43,7 @@ def add_noise(x0, eps, t, T):
 
 
 def noise_loss(model, x0, eps, t, T):
-    """mean((eps_hat - eps)^2) over every element, a float32 scalar (Ho et al. 2020, equation 14)."""
+    """mean((eps_hat - eps)^2) over every element, a scalar (Ho et al. 2020, equation 14)."""
     eps_hat = model(add_noise(x0, eps, t, T), t)
     return F.mse_loss(eps_hat.float(), eps)
 
@@ -53,7 +53,7 @@ def noise_loss(model, x0, eps, t, T):
 
 def denoise(model, x_t, t, T):
     """One step: x0_hat = x_t - sigma * eps_hat, an estimate of E[x0 | x_t] (Tweedie's formula, Robbins 1956)."""
-    return x_t - sigma_of_images(t, T, x_t) * model(x_t, t).float()
+    return x_t - sigma_of_images(t, T, x_t) * model(x_t, t).to(x_t.dtype)
 
 
 def denoise_steps(model, x_t, t, T, steps, sampler="euler"):
@@ -72,7 +72,7 @@ def euler(model, x, ts, T):
     ts: the times to visit, each (B,), the first that of x.
     """
     for t, t_next in itertools.pairwise(ts):
-        x = x + (sigma_of_images(t_next, T, x) - sigma_of_images(t, T, x)) * model(x, t).float()
+        x = x + (sigma_of_images(t_next, T, x) - sigma_of_images(t, T, x)) * model(x, t).to(x.dtype)
     return x
 
 
@@ -82,10 +82,10 @@ def heun(model, x, ts, T):
     The step to t = 0 is Euler's: there is no noise left to predict there.
     """
     for t, t_next in itertools.pairwise(ts):
-        slope = model(x, t).float()
+        slope = model(x, t).to(x.dtype)
         change = sigma_of_images(t_next, T, x) - sigma_of_images(t, T, x)
         if (t_next > 0).any():
-            slope = (slope + model(x + change * slope, t_next).float()) / 2
+            slope = (slope + model(x + change * slope, t_next).to(x.dtype)) / 2
         x = x + change * slope
     return x
 

@@ -196,11 +196,13 @@ def main():
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
     about |= dict(ensemble=cfg.ensemble, precision=precision, **devices.describe(device))
     about |= dict(seconds=round(time.monotonic() - started, 1), measures=MEASURES)
-    report(cfg, about, [*made, tables.channels(shares)] if shares else made)
-    if figure:
-        T = train_cfg.noise_steps
-        figures.evaluation(figure, *tables.curves(records, cfg.subset, measure.levels_with_many_steps(T)))
-        print(f"figure saved: {figure}")
+    try:
+        report(cfg, about, [*made, tables.channels(shares)] if shares else made)
+    finally:  # a report that cannot be written must not cost the figure
+        if figure:
+            shown = measure.levels_with_many_steps(train_cfg.noise_steps)
+            figures.evaluation(figure, *tables.curves(records, cfg.subset, shown))
+            print(f"figure saved: {figure}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Every training picture of the folder gets noise of random kinds: of any level, white or correlated across pixels and
 channels, the same everywhere or that of a sensor, perhaps of one colour a pixel; then it is perhaps resized or
-sharpened, and perhaps compressed as JPEG. The level to be found is the true one in flat places,
+sharpened, and perhaps compressed as JPEG and cut. The level to be found is the true one in flat places,
 benchmarks.noise_level.true_sigma. Prints the errors on the held-out pictures.
 """
 
@@ -99,6 +99,9 @@ def example(picture, seed):
     if random.random() < 0.45:
         quality, chroma = int(random.integers(60, 99)), int(random.choice([0, 2, 2, 2]))  # 2: at half resolution
         noisy = through_jpeg(noisy, quality, subsampling=chroma)
+        if random.random() < 0.2:  # cut afterwards, so that JPEG's blocks begin elsewhere
+            y, x = random.integers(0, 16, 2)
+            clean, noisy = clean[:, y:, x:], noisy[:, y:, x:]
     features, _ = noise_level.statistics(noise_level.windows(noisy))
     return None if features is None else (features, true_sigma(clean, noisy))
 

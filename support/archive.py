@@ -44,7 +44,7 @@ def read(path):
             check_size(state, values, size)
             return state
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; name a checkpoint that train.py saved") from None
+        raise CheckpointError(f"{path} does not exist; restore it, or name a checkpoint that train.py saved") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except CheckpointError:

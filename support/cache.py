@@ -16,10 +16,11 @@ import torch
 from support import files
 
 
-def cached(path, size, make, count=None):
+def cached(path, size, make, count=None, lasting=lambda about: True):
     """The images stored at `path` and what is known of them; if nothing valid is there, those of make(), stored.
 
     make() -> (uint8 tensor (N, 3, size, size), dict of plain values). count: N, where it is known beforehand.
+    lasting(that dict): whether to store them.
     """
     path = Path(path)
     files.clean(path.parent)
@@ -33,7 +34,8 @@ def cached(path, size, make, count=None):
         print(f"note: {path} is damaged, or not a cache of these images ({error}); making them again", file=sys.stderr)
     images, about = make()
     try:
-        write(path, images, about)
+        if lasting(about):
+            write(path, images, about)
     except OSError as error:
         print(f"note: the images are not stored for the next start ({error})", file=sys.stderr)
     return images, about

@@ -43,7 +43,11 @@ def check(state, settings):
     must(is_finite(sums, torch.float32) and sums.ndim == 1 and len(sums), "loss_sums", "a finite float32 per process")
     images = state.get("data", dict(source="", fingerprint=""))
     fits = isinstance(images, dict) and is_plain(images)
-    must(fits and all(isinstance(images.get(key), str) for key in ("source", "fingerprint")), "data", "a dict of texts")
+    must(
+        fits and all(isinstance(images.get(key), str) for key in ("source", "fingerprint")),
+        "data",
+        "a dict with source and fingerprint",
+    )
     for name in {"provenance", "hardware"} & state.keys():
         must(isinstance(state[name], dict) and is_plain(state[name]), name, "a dict of plain values")
     if "log" in state:
@@ -92,9 +96,9 @@ def check_log(state):
         must(is_number(row.get("epoch"), int) and row["epoch"] == i, f"log[{i}]['epoch']", i)
         for name in LOG_NUMBERS:
             must(is_number(row.get(name)), f"log[{i}][{name!r}]", "a number of at least 0")
-        share, block = row.get("channels_in_use", 0.0), row.get("of_block", "")
-        must(isinstance(share, float | int), f"log[{i}]['channels_in_use']", "a number")
-        must(isinstance(block, str), f"log[{i}]['of_block']", "a text")
+        if "of_block" in row:  # since version 3
+            must(isinstance(row["of_block"], str), f"log[{i}]['of_block']", "a text")
+            must(isinstance(row.get("channels_in_use"), float), f"log[{i}]['channels_in_use']", "a number")
         must(is_number(row["step"], int) and row["step"] > last, f"log[{i}]['step']", f"a whole number above {last}")
         last = row["step"]
     step = state.get("step", last)

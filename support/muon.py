@@ -3,8 +3,7 @@
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: the momentum of a matrix is replaced by the nearest
 (semi-)orthogonal matrix, so that every direction of the weights moves at the same rate, not only the few that dominate
 the gradient. torch.optim.Muon is for matrices alone: convolution kernels would have to be flattened, and all other
-parameters need an optimizer of their own. It also computes in bfloat16 everywhere, even where
-that is slow.
+parameters need an optimizer of their own. It also computes in bfloat16 everywhere, even where that is slow.
 """
 
 import collections

@@ -3,9 +3,10 @@
     level = estimate(pixels)      # level.sigma, and a range: level.low, level.high
 
 A small regression network, model/noise_level.pth, reads the level off statistics of the picture's blocks: how much
-energy the flattest of them have in each band of frequencies, in luma and in chroma, and how it rises to the others. It
-was fitted to photographs with noise of many kinds (benchmarks/fit_noise_level.py). In a very small picture, which need
-not have a flat block, the likelihood decides (diffusion.estimate_sigma); it takes the noise for white.
+energy the flattest of them have in each band of frequencies, in luma and in chroma, how it rises to the others, and
+what JPEG has left. It was fitted to photographs with noise of many kinds (benchmarks/fit_noise_level.py). In a very
+small picture, which need not have a flat block, the likelihood decides (diffusion.estimate_sigma); it takes the noise
+for white.
 """
 
 import functools
@@ -19,7 +20,8 @@ from torch import nn
 
 import data
 from diffusion import GREY_LEVELS
-from support import checkpoint
+from support import checkpoint, jpeg_traces
+from support.tiles import MULTIPLE
 
 WEIGHTS = checkpoint.NOISE_LEVEL
 WINDOW, WINDOWS = 64, 8  # of a large picture, WINDOWS x WINDOWS evenly spread windows are looked at
@@ -34,10 +36,10 @@ COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]], np.float32) / np.sqrt([[
 BANDS = (0.032, 0.1, 0.2, 0.35, 0.5, 1)  # cycles a pixel, limits of five bands, without a block's mean and slope
 QUANTILES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # of the blocks, by their energy in one band
 FLATTEST = (0, 0.01, 0.04, 0.12)  # of the blocks, by their energy in all bands of luma: the limits of three groups
-JPEG_BLOCK = 8
 FLOOR = 0.02  # grey levels squared: less energy than rounding leaves
-# Band energies in luma and chroma, 2 x 2 of blockiness, and 3 of the whole picture.
-STATISTICS = (len(QUANTILES) + len(FLATTEST) - 1) * 2 * (len(BANDS) - 1) + 7
+# Band energies in luma and chroma, JPEG's coefficients in both, 2 of its grid, and 3 of the whole picture.
+JPEG_GROUPS, EACH = len(jpeg_traces.DIAGONALS) - 1, 1 + len(jpeg_traces.STEPS)
+STATISTICS = 2 * ((len(QUANTILES) + len(FLATTEST) - 1) * (len(BANDS) - 1) + JPEG_GROUPS * EACH) + 5
 LEAST = 0.4  # grey levels: smaller levels are not told apart
 OUTPUTS = (0.5, 0.05, 0.95)  # quantiles of the level: the estimate, and the range that holds it nine times out of ten
 
@@ -62,7 +64,8 @@ def estimate(pixels, likelihood=None, device="cpu"):
     features, count = statistics(parts)
     levels = regression().levels(features) if features is not None else np.zeros(len(OUTPUTS))
     if likelihood and len(parts) == 1 and count < FEW and levels[0] > 0:
-        x = data.scale(torch.from_numpy(parts[0][None]).to(device))
+        height, width = (n // MULTIPLE * MULTIPLE for n in parts[0].shape[1:])
+        x = data.scale(torch.from_numpy(parts[0][None, :, :height, :width]).to(device))
         # The likelihood may have a maximum too many, and finds a little noise even where there is none.
         sigma = np.clip(GREY_LEVELS * likelihood(x).item(), *(levels[0] * np.array(LIKELIHOOD_LIMITS)))
         levels = sigma * np.array([1, *LIKELIHOOD_RANGE])
@@ -72,22 +75,20 @@ def estimate(pixels, likelihood=None, device="cpu"):
 def windows(pixels):
     """Evenly spread windows of a large picture, a smaller one whole: [(C, H, W)] on the 0-255 scale.
 
-    Sides are cut to multiples of 8, and windows start at such: JPEG has its blocks there.
+    They are a multiple of 8 pixels apart, so that JPEG's blocks begin at the same place in all.
     """
     unit, zero = (GREY_LEVELS, GREY_LEVELS) if pixels.dtype.kind == "f" else (255 / np.iinfo(pixels.dtype).max, 0)
     height, width = pixels.shape[1:]
     parts = [pixels]
     if height * width > (WINDOW * WINDOWS) ** 2:
         rows, columns = (
-            np.unique(np.linspace(0, max(n - WINDOW, 0), WINDOWS).astype(int) // JPEG_BLOCK * JPEG_BLOCK)
+            np.unique(np.linspace(0, max(n - WINDOW, 0), WINDOWS).astype(int) // jpeg_traces.BLOCK * jpeg_traces.BLOCK)
             for n in (height, width)
         )
         parts = [pixels[:, y : y + WINDOW, x : x + WINDOW] for y in rows for x in columns]
     height, width = parts[0].shape[1:]
     room = [(0, 0), (0, max(SMALLEST - height, 0)), (0, max(SMALLEST - width, 0))]
-    parts = [np.pad(part.astype(np.float32) * unit + zero, room, "symmetric") for part in parts]
-    height, width = (n // JPEG_BLOCK * JPEG_BLOCK for n in parts[0].shape[1:])
-    return [part[:, :height, :width] for part in parts]
+    return [np.pad(part.astype(np.float32) * unit + zero, room, "symmetric") for part in parts]
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------
@@ -98,6 +99,8 @@ def statistics(parts):
 
     None in place of the statistics where the blocks are constant.
     """
+    (y, trace_y), (x, trace_x) = (jpeg_traces.grid(parts, axis) for axis in (1, 2))
+    parts = [part[:, y:, x:] for part in parts]  # a picture may have been cut since it was compressed
     blocks, clipped = usable_blocks(parts)
     energies = band_energies(blocks)
     if energies.max() < 1e-4:  # what float32 leaves of equal pixels
@@ -109,7 +112,8 @@ def statistics(parts):
     return np.concatenate(
         [
             *(np.log(energy + FLOOR).ravel() for energy in summary),
-            *(blockiness(parts, axis) for axis in (1, 2)),
+            jpeg_traces.quantization(blocks).ravel(),
+            [trace_y, trace_x],
             [math.log(len(blocks)), clipped, blocks.mean() / 255],
         ]
     ).astype(np.float32), len(blocks)
@@ -134,28 +138,12 @@ def usable_blocks(parts):
 def band_energies(blocks):
     """Mean squares (N, 2, bands) of blocks (N, 3, BLOCK, BLOCK), of luma and of chroma (the mean of its directions)."""
     k = np.arange(BLOCK)
-    cosines = np.cos(np.pi * np.outer(k, k + 0.5) / BLOCK) * np.sqrt(np.where(k > 0, 2, 1) / BLOCK)[:, None]
-    cosines = cosines.astype(np.float32)
     frequency = np.hypot(k[:, None], k) / (2 * BLOCK)
     bands = np.stack([(frequency >= low) & (frequency < high) for low, high in itertools.pairwise(BANDS)])
     means = (bands / bands.sum(axis=(1, 2), keepdims=True)).reshape(len(bands), -1).T.astype(np.float32)
     colours = np.einsum("dc,nchw->ndhw", COLOURS, blocks)
-    energies = np.square(cosines @ colours @ cosines.T).reshape(*colours.shape[:2], -1) @ means
+    energies = np.square(jpeg_traces.cosine_transform(colours)).reshape(*colours.shape[:2], -1) @ means
     return np.stack([energies[:, 0], energies[:, 1:].mean(axis=1)], axis=1)
-
-
-def blockiness(parts, axis):
-    """How visible JPEG's grid is, (2,): of the mean steps between neighbouring pixels at each offset modulo JPEG_BLOCK,
-    the logarithms of the largest and of the smallest over their median.
-    """
-    totals = []
-    for part in parts:
-        steps = abs(np.diff(part.mean(axis=0), axis=axis - 1))
-        steps = np.minimum(steps, np.quantile(steps, 0.7) + 0.3)  # not those of the edges
-        steps = steps if axis == 1 else steps.T
-        totals.append([steps[offset::JPEG_BLOCK].mean() for offset in range(JPEG_BLOCK)])
-    offsets = np.mean(totals, axis=0) + 0.05
-    return np.log(np.array([offsets.max(), offsets.min()]) / np.median(offsets))
 
 
 # ---- regression --------------------------------------------------------------------------------------------------

@@ -120,10 +120,9 @@ def options_for(image, path):
             raise pictures.DataError(f"{path} cannot be written ({error}); choose another ending, such as .png")
     lost = lost_pixels(image, ending)
     for key, data in metadata_of(image, options["format"]).items():
-        greyless = (
-            key == "icc_profile" and not image.mode.startswith("RGB") and ending == ".webp"
-        )  # a WebP file has no grey
-        if greyless or ending not in WITH_METADATA or trial(strips[0], options | {key: data}):
+        # A WebP file has no grey, and a profile of grey does not fit its colours.
+        misfit = key == "icc_profile" and not image.mode.startswith("RGB") and ending == ".webp"
+        if misfit or ending not in WITH_METADATA or trial(strips[0], options | {key: data}):
             lost.append(METADATA[key])
         else:
             options[key] = data

@@ -254,9 +254,8 @@ def full_range(image, tags, path):
     if lowest < 0:
         raise DataError(f"{path} has negative pixels, whose range is unknown; save it with unsigned ones")
     bits, declared = max(tags.get(Tag.BitsPerSample, (16,))), max(tags.get(Tag.MaxSampleValue, ()), default=0)
-    if (
-        declared >= highest and declared > 0 and declared & (declared + 1) == 0
-    ):  # 2^bits - 1: the range, and no statistic
+    is_range = declared > 0 and declared & (declared + 1) == 0  # 2^bits - 1, and no statistic of the picture
+    if is_range and declared >= highest:
         white = declared
     elif bits < 16 or (signed and bits == 16):
         white = 2 ** (bits - signed) - 1

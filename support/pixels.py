@@ -28,7 +28,9 @@ def unpack(image):
     elif isinstance(image, torch.Tensor) and is_usable(image):
         pixels, pack = image.detach().resolve_neg(), torch.Tensor.contiguous  # not a view of one grey plane
     else:
-        kind = getattr(image, "dtype", type(image).__name__)
+        kind = type(image).__name__
+        if isinstance(image, torch.Tensor):
+            kind = f"a {image.layout} tensor of {image.dtype} on {image.device}"
         raise ValueError(f"a Pillow image, an array or a tensor (dense; uint8, uint16 or float) is needed, not {kind}")
     if pixels.dim() != 3 or len(pixels) not in (1, 3) or not pixels.numel():
         raise ValueError(f"an image of 1 or 3 channels is needed, not an array of the shape {tuple(image.shape)}")

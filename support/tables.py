@@ -160,9 +160,15 @@ def pictures(records, key, published):
 
 
 def clean(records):
-    """Of clean pictures that were denoised nevertheless. A record's method is the sigma that it was told."""
-    rows = [[r.method, interval(r.values["psnr"]), r.values["psnr"].min().item()] for r in records]
-    columns = {"sigma told": 0, "PSNR": 2, "lowest PSNR": 2}
+    """Of clean pictures that were denoised nevertheless. A record's method is the sigma that it was told.
+
+    The PSNR of a picture that comes out as it went in is infinite; hence the median.
+    """
+    columns = {"sigma told": 0, "median PSNR": 2, "lowest PSNR": 2, "pictures below 45 dB": 0}
+    rows = []
+    for record in records:
+        found = record.values["psnr"]
+        rows.append([record.method, found.quantile(0.5).item(), found.min().item(), (found < 45).sum().item()])
     return dict(
         title=f"PSNR of clean pictures after denoising, {records[0].count:,} pictures", columns=columns, rows=rows
     )

@@ -60,7 +60,7 @@ def state_of(model, optimizer, cfg=CFG):
             step=2,
             config=settings | dict(lr=1e-3, preset="default"),
             data=dict(source="16 images", test_source="4 images", fingerprint="0123456789abcdef"),
-            log=[dict(epoch=i, step=i + 1, **numbers, of_block="enc1") for i in range(2)],
+            log=[dict(epoch=i, step=i + 1, **numbers, of_block="enc1", channels_in_use=0.9) for i in range(2)],
             loss_sums=torch.zeros(1),
             seconds=0.0,
         )
@@ -311,7 +311,7 @@ def test_leftovers_go_and_nothing_else(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_named(whole, path):
-    assert "does not exist; name a checkpoint that train.py saved" in refusal(path)
+    assert "does not exist; restore it, or name a checkpoint that train.py saved" in refusal(path)
     assert "cannot be read (File name too long)" in refusal(path.with_name(f"{'x' * 300}.pth"))
     path.write_bytes(b"")
     assert "is empty" in refusal(path)
@@ -474,6 +474,7 @@ EDITS = [  # the way to an entry, what it becomes (None: it is gone), what the l
     (["log", 1, "test_loss"], "low", "log[1]['test_loss']"),
     (["log", 1, "step"], 1, "log[1]['step']"),
     (["log", 1, "channels_in_use"], "all", "log[1]['channels_in_use']"),
+    (["log", 1, "channels_in_use"], None, "log[1]['channels_in_use']"),
     (["log", 1, "of_block"], 1, "log[1]['of_block']"),
     (["log", 1, "epoch"], 3, "log[1]['epoch']"),
     (["optimizer"], [], "optimizer"),

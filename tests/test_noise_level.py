@@ -1,16 +1,19 @@
 """Noise levels of synthetic pictures, whose noise is known because it was added."""
 
+import io
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import benchmarks.fit_noise_level
 import diffusion
 from benchmarks import noise_level as benchmark
 from diffusion import GREY_LEVELS
-from support import checkpoint, noise_level
+from support import checkpoint, jpeg_traces, noise_level
 from support.checkpoint import CheckpointError
 
 T = 10
@@ -52,6 +55,36 @@ def test_the_range_holds_the_level(picture):
         if not low <= benchmark.true_sigma(picture, noisy) <= high:
             outside.append((kind, sigma))
     assert len(outside) <= 1, outside
+
+
+@pytest.mark.parametrize("quality", [60, 75])
+def test_the_steps_to_which_jpeg_rounds_are_those_of_the_file(quality):
+    file, sigma = io.BytesIO(), 40
+    noisy = np.random.default_rng(0).normal(128, sigma, (256, 256)).clip(0, 255).astype(np.uint8)
+    Image.fromarray(noisy).convert("RGB").save(file, "JPEG", quality=quality)
+    image = Image.open(file)
+    table = np.array(image.quantization[0]).reshape(8, 8)  # of luma
+    diagonal = np.add.outer(np.arange(8), np.arange(8))
+    blocks, _ = noise_level.usable_blocks(noise_level.windows(np.asarray(image).transpose(2, 0, 1)))
+    rows = jpeg_traces.quantization(blocks)
+    for (low, high), (share_of_zeros, smallest, _) in zip(itertools.pairwise(jpeg_traces.DIAGONALS), rows):
+        steps = table[(low <= diagonal) & (diagonal < high)]
+        assert 0.9 * steps.min() < np.exp(smallest) < 1.1 * steps.max()
+        # Of white noise every coefficient has the standard deviation sigma, and what is below half a step becomes 0.
+        least, most = (math.erf(step / 2 / sigma / math.sqrt(2)) for step in (steps.min(), steps.max()))
+        assert 0.85 * least < share_of_zeros < 1.15 * most
+
+
+@pytest.mark.parametrize("y, x", [(0, 0), (3, 0), (5, 2), (7, 6)])
+def test_the_grid_of_jpeg_is_found_after_a_cut(picture, y, x):
+    noisy = benchmark.degrade("JPEG 85", picture, 5)[:, y:, x:]
+    for pixels in (noisy, noisy[:1]):
+        parts = noise_level.windows(pixels)
+        assert [jpeg_traces.grid(parts, axis)[0] for axis in (1, 2)] == [-y % 8, -x % 8]
+    white = noise_level.windows(benchmark.degrade("white", picture, 5)[:, y:, x:])
+    assert [jpeg_traces.grid(white, axis)[0] for axis in (1, 2)] == [0, 0]
+    # And so the level is that before the cut.
+    assert found(noisy)[0] == pytest.approx(benchmark.true_sigma(picture[:, y:, x:], noisy), rel=0.15)
 
 
 @pytest.mark.parametrize("kind", ["white", "blurred 0.8", "JPEG 95"])

@@ -70,7 +70,8 @@ def full_pictures(named, cfg):
 
 
 def fixed_crops(split, named, cfg):
-    """(images, source): crops (N, 3, S, S), stored in data_dir until a file or an option changes."""
+    """(images, source): crops (N, 3, S, S), stored in data_dir until a file or an option changes,
+    unless a picture had to be left out."""
     count = cfg.crops_per_image * len(cfg.scales) if split == "train" else math.ceil(HELD_OUT_CROPS / len(named))
 
     def crops(name, path):
@@ -91,12 +92,14 @@ def fixed_crops(split, named, cfg):
         good = read_all(split, named, cfg, crops)
         return torch.from_numpy(np.concatenate(good)), {"pictures": len(good)}
 
-    # A few of the files must not replace what is stored of all, nor may one that could not be read be left out forever.
-    if len(named) == cfg.limit or cfg.skip_bad_images:
+    def lasting(about):  # a picture that could not be read must not be left out forever
+        return about["pictures"] == len(named)
+
+    if len(named) == cfg.limit:  # a few of the files must not replace what is stored of all
         images, about = make()
     else:
         path = cache_file(split, named, count, cfg)
-        images, about = cached(path, cfg.crop_size, make)
+        images, about = cached(path, cfg.crop_size, make, lasting=lasting)
         remove_outdated(path)
     if split == "test" and about["pictures"] < 2 and cfg.limit != 1:
         print(
