@@ -13,7 +13,8 @@ import itertools
 import numpy as np
 
 BLOCK = 8  # pixels, height and width
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of R, G, B
+# Weights of R, G and B in the planes that JPEG compresses, as JFIF has them (ITU-T T.871).
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 CHROMA = np.array([[-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]], np.float32)
 ROUNDED = 1  # a coefficient that is smaller was 0 before pixels were rounded
 HIGH = slice(5, 8)  # frequencies of which JPEG leaves least
@@ -25,7 +26,7 @@ STEPS = (0.1, 0.5)  # quantiles of a group's coefficients that are not 0
 def grid(parts, axis):
     """Where the blocks begin along an axis, 1 or 2, of all parts of a picture: (0 to 7 pixels, trace).
 
-    From the right start on, most coefficients of high frequency in luma, transformed along this axis alone, are 0.
+    Cut there, most coefficients of high frequency in luma, transformed along this axis alone, are 0.
     trace: the share that is, less the median of all starts. Where it may be chance, the start is 0. parts: arrays
     (C, H, W) on the 0-255 scale, C = 1 or 3, all a multiple of 8 pixels apart.
     """
