@@ -47,7 +47,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE_SETTINGS | {
     "optimizer":           Setting("muon", ("muon", "adamw"), "Muon for the matrices and AdamW for the rest; or AdamW"),
     "epochs":              Setting(10, whole(), "passes over the training images; the schedule spans them"),
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
-    "lr":                  Setting(4e-4, real(0, 1e3), "peak learning rate"),
+    "lr":                  Setting(4e-4, real(0, 1000), "peak learning rate"),
     "beta2":               Setting(0.95, real(0, 0.999999), "AdamW's decay of the squared gradient; beta1 is 0.9"),
     "recycle":             Setting(3, whole(0), "first epochs that begin with new kernels for channels not in use"),
     "weight_decay":        Setting(0.01, real(0), "decoupled weight decay"),

@@ -138,8 +138,8 @@ def curves(log, path):
     ax.plot(epochs, [float(row["test_loss"]) for row in log], "s--", color=ORANGE, label="held out")
     ax.set(xlabel="epochs", ylabel="loss: mean squared error of the noise", yscale="log")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.yaxis.set_major_formatter("{x:.3g}")
-    ax.yaxis.set_minor_formatter("{x:.3g}")
+    ax.yaxis.set_major_formatter("{x:.5g}")  # after a few epochs the losses may be very close
+    ax.yaxis.set_minor_formatter("{x:.5g}")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     save(figure, path)

@@ -15,9 +15,9 @@ LEAST_WIDTH = 270  # pixels of a label
 def before_after(before, after):
     """Pixels (C, H, W) before and after: the whole picture, and below it its middle at three times the size."""
     views = {"before": before, "after": after}
-    enlarged = [(f"{label}, the middle enlarged", shown(middle(view), scale=3)) for label, view in views.items()]
     if max(before.shape[1:]) <= MIDDLE:
-        return sheet(enlarged, columns=2)
+        return sheet([(f"{label}, enlarged", shown(view, scale=3)) for label, view in views.items()], columns=2)
+    enlarged = [(f"{label}, the middle enlarged", shown(middle(view), scale=3)) for label, view in views.items()]
     return sheet([(label, shown(view, largest=3 * MIDDLE)) for label, view in views.items()] + enlarged, columns=2)
 
 
