@@ -65,6 +65,11 @@ def resolve(cfg):
     return cfg
 
 
+def refuse_training_settings(cfg):
+    """For scripts that use test images alone. Raises UserError if a setting was typed that would be ignored."""
+    config.refuse(cfg, TRAINING_ONLY, "{} is for training images; leave it out")
+
+
 def whole_pictures(split, cfg):
     """The pictures of a split, as functions: read() -> uint8 (3, H, W), any size, or DataError. Raises UserError."""
     cfg = resolve(cfg)

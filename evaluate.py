@@ -168,7 +168,7 @@ def report(cfg, about, made):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    config.refuse(cfg, data.TRAINING_ONLY, "{} is for training images; leave it out")
+    data.refuse_training_settings(cfg)
     started, device = time.monotonic(), devices.pick(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))  # so that a fallback is reported once
     check_reports(cfg)

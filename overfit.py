@@ -45,7 +45,7 @@ def overfit(model, x0, eps, t, T, iterations, target, lr):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    config.refuse(cfg, data.TRAINING_ONLY, "{} is for training images; leave it out")
+    data.refuse_training_settings(cfg)
     T, device = cfg.noise_steps, devices.pick(cfg.device)
     if cfg.t >= T:
         raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")

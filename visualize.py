@@ -72,7 +72,7 @@ def draw_images(cfg):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    config.refuse(cfg, data.TRAINING_ONLY, "{} is for training images; leave it out")
+    data.refuse_training_settings(cfg)
     check_choice(cfg)
     path = draw_curves(cfg.out_dir) if cfg.curves else draw_images(cfg)
     print(f"figure saved: {path}")

@@ -26,9 +26,9 @@ STEPS = (0.1, 0.5)  # quantiles of a group's coefficients that are not 0
 def grid(parts, axis):
     """Where the blocks begin along an axis, 1 or 2, of all parts of a picture: (0 to 7 pixels, trace).
 
-    Cut there, most coefficients of high frequency in luma, transformed along this axis alone, are 0.
-    trace: the share that is, less the median of all starts. Where it may be chance, the start is 0. parts: arrays
-    (C, H, W) on the 0-255 scale, C = 1 or 3, all a multiple of 8 pixels apart.
+    Cut there, most coefficients of high frequency in luma, transformed along this axis alone, are 0. trace: the share
+    that is, less the median of all starts. Where it may be chance, the start is 0. parts: arrays (C, H, W) on the
+    0-255 scale, C = 1 or 3, all a multiple of 8 pixels apart.
     """
     shares, count = np.zeros(BLOCK), 0
     for part in parts:
