@@ -36,7 +36,7 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except (ValueError, OverflowError):
             value = math.nan
-        in_range = low < value <= high if above else low <= value <= high  # not-a-number is not
+        in_range = low < value <= high if above else low <= value <= high  # False for NaN
         if not in_range or math.isinf(value):
             what = "a whole number" if kind is int else "a number"
             limits = f"{'above' if above else 'of at least'} {low}"
@@ -149,10 +149,10 @@ def defaults(settings, /, **values):
     return dataclasses.make_dataclass("Settings", [*values, "given"], frozen=True)(**values, given=frozenset())
 
 
-def refuse(cfg, names, text):
-    """Raises UserError if one of the settings `names` was typed: `text`, with the flag in place of {}."""
-    for name in sorted(cfg.given & names):
-        raise UserError(text.format(flag_of(name)))
+def refuse(cfg, names, why):
+    """Raises UserError, "--flag why", if one of the settings `names` was typed."""
+    if typed := sorted(cfg.given & names):
+        raise UserError(f"{flag_of(typed[0])} {why}")
 
 
 def allows(setting, value):

@@ -18,15 +18,16 @@ from support import real_noise, streams
 from support.crops import Crops
 from support.datasets import DATASETS, automatic, folder, refuse_pictures
 from support.devices import memory_format
-from support.pictures import DataError, read
+from support.pictures import read
 
 TEST_BATCH = 250  # test images measured at a time
 SETTINGS = {
     "dataset": Setting("auto", ("auto", *DATASETS), "auto: cifar10 if it is there or can be downloaded, else leaves"),
-    "data_dir": Setting("data", file_name, "folder the images are in, or are downloaded or cached to"),
+    "data_dir": Setting("data", file_name, "folder of the images; downloads and caches go there too"),
     "limit": Setting(None, whole(), "use at most this many images of each split (--fresh-crops: pictures); None: all"),
 } | {key: setting for module in DATASETS.values() for key, setting in module.SETTINGS.items()}  # fmt: skip
-TRAINING_ONLY = {"crops_per_image", "fresh_crops", "scales"}  # settings that do nothing to test images
+TRAINING_ONLY = {"crops_per_image", "fresh_crops", "scales"}
+TEST_SETTINGS = {name: setting for name, setting in SETTINGS.items() if name not in TRAINING_ONLY}
 NOISE_SETTINGS = {
     "continuous_t": Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
     "sigma_range": Setting(None, real(0, 127), "lowest and highest sigma, 0-255; None: those of the steps", 2),
@@ -58,16 +59,11 @@ def resolve(cfg):
         refuse_pictures(cfg.data_dir, typed=True)  # the data set is that of a checkpoint
     chosen = DATASETS[cfg.dataset]
     for other, module in DATASETS.items():
-        unused = module.SETTINGS.keys() - chosen.SETTINGS.keys()
-        config.refuse(cfg, unused, f"{{}} is an option of --dataset {other}, not of {cfg.dataset}")
+        unused = (module.SETTINGS.keys() - chosen.SETTINGS.keys()) & vars(cfg).keys()
+        config.refuse(cfg, unused, f"is an option of --dataset {other}, not of {cfg.dataset}")
         # What a preset has set for the other data set does not hold here.
         cfg = dataclasses.replace(cfg, **{key: module.SETTINGS[key].default for key in unused})
     return cfg
-
-
-def refuse_training_settings(cfg):
-    """For scripts that use test images alone. Raises UserError if a setting was typed that would be ignored."""
-    config.refuse(cfg, TRAINING_ONLY, "{} is for training images; leave it out")
 
 
 def whole_pictures(split, cfg):
@@ -76,21 +72,17 @@ def whole_pictures(split, cfg):
     if not hasattr(DATASETS[cfg.dataset], "files"):
         raise UserError(f"--dataset {cfg.dataset} has no whole pictures; use --dataset folder")
 
-    def readable(name, path):
-        read(path, cfg.max_pixels)
-        return name, path
+    def reader(name, path):
+        again = functools.partial(read_whole, path, cfg.max_pixels)
+        again()  # an unreadable picture is met here, before the long work
+        return again
 
-    named = DATASETS[cfg.dataset].files(split, cfg)
-    # Before the long work, and with one picture at a time in memory.
-    named = folder.read_all(split, named, cfg, readable, threads=1)
-    return [functools.partial(read_whole, path, cfg.max_pixels) for _, path in named]
+    # In one thread: one picture at a time in memory.
+    return folder.read_all(split, DATASETS[cfg.dataset].files(split, cfg), cfg, reader, threads=1)
 
 
 def read_whole(path, max_pixels):
-    try:
-        return torch.from_numpy(read(path, max_pixels)).permute(2, 0, 1)
-    except DataError as error:
-        raise DataError(f"{error}, or add --skip-bad-images") from None
+    return torch.from_numpy(read(path, max_pixels)).permute(2, 0, 1)
 
 
 def fingerprint(*splits):

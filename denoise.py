@@ -50,7 +50,7 @@ SETTINGS = {
     "inputs": Setting(REQUIRED, file_name, "picture files, or folders of them", count="+"),
     "output": Setting(REQUIRED, file_name, "picture file to write, or folder for several", flag="-o"),
     "sigma": Setting(None, up_to_largest, "standard deviation of the noise, 0-255 scale; None: estimated"),
-    "strength": Setting(1, up_to_largest, "factor of the noise level that is assumed: more is smoother, less sharper"),
+    "strength": Setting(1, up_to_largest, "factor of the assumed noise level: higher is smoother, lower sharper"),
     "steps": Setting(1, whole(1, 1000), "denoising steps; 1: the best PSNR, more: sharper"),
     "ensemble": Setting(1, whole(1, 8), "orientations to average over; 2: mirrored too, 8: all, at 8 times the cost"),
     "weights": Setting(None, file_name, "checkpoint; None: model/photo.pth, or model/unet32.pth if that is absent"),
@@ -145,8 +145,8 @@ def denoise_pixels(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
     told = torch.tensor([strength * (level.sigma / GREY_LEVELS)], dtype=torch.float32, device=network.device)
     t = diffusion.t_of(told, T)
-    # Tiles in tiles: the outer ones, with a margin for every step, bound the memory of a whole denoising, the inner
-    # ones that of one call of the network. With one step they coincide.
+    # Tiles in tiles: the outer ones, at most three times as wide and with a margin for every step, bound the memory of
+    # a whole denoising, the inner ones that of one call of the network. With one step they coincide.
     in_tiles = tiles.tiled(diffusion.self_ensemble(model, ensemble), size, margin)
 
     def denoise_part(part):

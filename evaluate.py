@@ -7,7 +7,7 @@
     pip install -r requirements-bench.txt                  once: wavelets, non-local means and BM3D too
 
 A folder's held-out pictures are measured whole if any of them is larger than the training crops (--no-whole: crops).
-Of images of one size it also draws model/res/evaluation_{checkpoint}.png.
+For images of one size it also draws model/res/evaluation_{checkpoint}.png.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from support import checkpoint, classical, devices, figures, files, held_out, me
 from support.datasets import folder
 from support.measure import LITERATURE, Job, estimator, noisy
 
-SETTINGS = data.SETTINGS | checkpoint.SETTINGS | devices.SETTINGS | {
+SETTINGS = data.TEST_SETTINGS | checkpoint.SETTINGS | devices.SETTINGS | {
     "control":   Setting(None, config.file_name, "checkpoint of a second network to compare with"),
     "out_dir":   Setting("model", config.file_name, "folder of the run; the figure goes to its res/"),
     "whole":     Setting(None, bool, "measure whole pictures of a folder; None: if one is larger than the crops"),
@@ -92,14 +92,14 @@ def evaluate_pictures(cfg, networks, knows_level, pictures, device, weights):
             raise UserError(f"BM3D needs {size} pixels; leave smaller pictures or --baselines out")
         denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
     records = measure.run_whole(pictures, WHOLE_LEVELS, denoisers, device)
-    told = {f"{sigma}": (every, measure.told(estimator(model, T), sigma)) for sigma in TOLD}
+    on_clean = {f"{sigma}": (every, measure.told(estimator(model, T), sigma)) for sigma in TOLD}
     if denoiser:
 
         def blind(x_t, _):
             return denoise.denoise_pixels(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(device)
 
-        told["estimated, as by denoise.py"] = every, blind
-    clean = measure.run_whole(pictures, (0,), told, device)
+        on_clean["estimated, as by denoise.py"] = every, blind
+    clean = measure.run_whole(pictures, (0,), on_clean, device)
     # The literature reports on CBSD68: 68 pictures of 481x321 or 321x481 pixels.
     cbsd68 = every == 68 and all(sorted(read().shape[1:]) == [321, 481] for read in pictures)
     return [*(tables.pictures(records, key, cbsd68) for key in metrics.METRICS), tables.clean(clean)]
@@ -114,8 +114,8 @@ def held_out_pictures(cfg):
     pictures = data.whole_pictures("test", cfg)
     if not cfg.whole and all(max(read().shape[1:]) <= cfg.crop_size for read in pictures):
         return []
-    unused = "whole pictures are denoised in one step; leave {} out, or measure crops (--no-whole)"
-    config.refuse(cfg, {"steps", "subset"}, unused)
+    why = "does nothing to whole pictures, which are denoised in one step; leave it out, or measure crops (--no-whole)"
+    config.refuse(cfg, {"steps", "subset"}, why)
     return pictures
 
 
@@ -161,15 +161,15 @@ def report(cfg, about, made):
             except FileExistsError:
                 unsaved.append(f"{path} was created meanwhile and is not replaced")
             except OSError as error:
-                unsaved.append(f"{path} cannot be written ({error.strerror or error})")
+                unsaved.append(f"{path} cannot be written ({files.reason(error)})")
     if unsaved:
         raise UserError(f"{'; '.join(unsaved)}; the tables are printed above")
 
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    data.refuse_training_settings(cfg)
-    started, device = time.monotonic(), devices.pick(cfg.device)
+    started = time.monotonic()
+    device = devices.pick(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))  # so that a fallback is reported once
     check_reports(cfg)
     weights, model, train_cfg, cfg = checkpoint.load_run(cfg)
@@ -186,7 +186,8 @@ def main():
     print(f"data: {source}; weights: {weights}")
 
     shares = held_out.channels_in_use(train_cfg, model, images) if len(images) else {}
-    precision, knows_level = devices.pick_precision(cfg.precision, device), getattr(model, "knows_t", True)
+    precision = devices.pick_precision(cfg.precision, device)
+    knows_level = getattr(model, "knows_t", True)
     adapt = measure.of_any_size if pictures else measure.in_precision
     networks = {name: (adapt(net, precision, cfg.ensemble), T) for name, (net, T) in networks.items()}
     if pictures:

@@ -42,14 +42,14 @@ PRESETS = {
 
 SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE_SETTINGS | {
     # the optimization
-    "preset":              Setting("default", tuple(PRESETS), "the recipe whose defaults to use"),
+    "preset":              Setting("default", tuple(PRESETS), "recipe whose defaults to use: PRESETS in train.py"),
     "init":                Setting(None, config.file_name, "checkpoint whose weights to start from; none: random ones"),
     "optimizer":           Setting("muon", ("muon", "adamw"), "Muon for the matrices and AdamW for the rest; or AdamW"),
     "epochs":              Setting(10, whole(), "passes over the training images; the schedule spans them"),
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
     "lr":                  Setting(4e-4, real(0, 1000), "peak learning rate"),
     "beta2":               Setting(0.95, real(0, 0.999999), "AdamW's decay of the squared gradient; beta1 is 0.9"),
-    "recycle":             Setting(3, whole(0), "first epochs that begin with new kernels for channels not in use"),
+    "recycle":             Setting(3, whole(0), "first epochs to begin with new kernels for channels not in use"),
     "weight_decay":        Setting(0.01, real(0), "decoupled weight decay"),
     "warmup_steps":        Setting(100, whole(0), "updates over which the learning rate rises linearly from 0"),
     "schedule":            Setting("linear", ("linear", "cosine", "constant"),
@@ -59,8 +59,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE_SETTINGS | {
     # the run
     "seed":                Setting(0, whole(0), "every random number of a run follows from it"),
     **devices.SETTINGS,
-    "compile":             Setting(None, bool, "compile the network (a minute) and record Muon's steps (untested); "
-                                   "None: the network alone, on CUDA"),
+    "compile":             Setting(None, bool, "compile the network, which takes a minute; None: on CUDA"),
     "out_dir":             Setting("model", config.file_name, "folder for checkpoints, log.csv and figures (in res/)"),
     "save_model_epochs":   Setting(1, whole(), "epochs between checkpoints; the last is always saved"),
     "save_every_steps":    Setting(None, whole(), "save inside an epoch too, every so many updates; None: never"),
@@ -122,7 +121,7 @@ def set_lr(optimizer, lr):
 def make_optimizer(cfg, model):
     options = dict(lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     if cfg.optimizer == "muon":
-        return muon.Muon(model.parameters(), record=bool(cfg.compile), **options)
+        return muon.Muon(model.parameters(), **options)
     return torch.optim.AdamW(model.parameters(), **options)
 
 

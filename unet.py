@@ -97,7 +97,7 @@ class UNet(nn.Module):
 class PlainUNet(nn.Module):
     """The control: the same shape without time conditioning. forward takes t and ignores it."""
 
-    knows_t = False  # a network without this line does
+    knows_t = False  # a network without this attribute is taken to know t
 
     def __init__(self, image_channels=3, widths=(64, 128, 256)):
         super().__init__()
@@ -163,7 +163,7 @@ def describe(cfg):
     """
     arguments = inspect.signature(NETWORKS[cfg.model]).parameters
     unused = SETTINGS.keys() - arguments.keys() - {"model", "noise_steps"}
-    config.refuse(cfg, unused, f"{{}} is not a setting of --model {cfg.model}; leave it out")
+    config.refuse(cfg, unused, f"is not a setting of --model {cfg.model}; leave it out")
     return {"name": cfg.model} | {name: getattr(cfg, name) for name in SETTINGS if name in arguments}
 
 

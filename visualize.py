@@ -16,7 +16,7 @@ import data
 from config import Setting, UserError, whole
 from support import checkpoint, devices, figures, script
 
-SETTINGS = data.SETTINGS | checkpoint.SETTINGS | {
+SETTINGS = data.TEST_SETTINGS | checkpoint.SETTINGS | {
     "out_dir": Setting("model", config.file_name, "folder of the run; figures go to its res/"),
     "images":  Setting(6, whole(1, 40), "test images in the figure"),
     "strip":   Setting(False, bool, "draw 1, 2, 3 and t denoising steps (at most 50) from noise level t, not the grid"),
@@ -33,8 +33,8 @@ def check_choice(cfg):
     if cfg.curves and cfg.weights:
         raise UserError("--curves draws the log of a run; name its folder with --out-dir, not --weights")
     if cfg.curves:
-        unused = data.SETTINGS.keys() | {"images"}
-        config.refuse(cfg, unused, "--curves draws the log of a run, without images; leave {} out")
+        unused = data.TEST_SETTINGS.keys() | {"images"}
+        config.refuse(cfg, unused, "does nothing to the curves of a run; leave it out")
     if "t" in cfg.given and not cfg.strip:
         raise UserError("--t is the noise level of the strip; give --strip too")
 
@@ -72,7 +72,6 @@ def draw_images(cfg):
 
 def main():
     cfg = config.parse(__doc__, SETTINGS)
-    data.refuse_training_settings(cfg)
     check_choice(cfg)
     path = draw_curves(cfg.out_dir) if cfg.curves else draw_images(cfg)
     print(f"figure saved: {path}")

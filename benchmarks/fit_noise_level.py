@@ -24,7 +24,7 @@ from config import REQUIRED, Setting, UserError, name_ending, whole
 from support import checkpoint, files, noise_level, script
 from support.real_noise import through_jpeg
 
-SETTINGS = data.SETTINGS | {
+SETTINGS = data.TEST_SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
     "copies": Setting(160, whole(), "versions of every training picture, each with other noise"),
     "epochs": Setting(40, whole(), "passes over them"),

@@ -15,7 +15,7 @@ from benchmarks.noise_level import KINDS, OF_COLOURS, degrade
 from config import Setting
 from support import devices, metrics, pixels, script
 
-SETTINGS = data.SETTINGS | devices.SETTINGS | {
+SETTINGS = data.TEST_SETTINGS | devices.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
     "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.file_name, "checkpoints to compare", "+"),
     "grey": Setting(False, bool, "make the pictures grey first: one channel, and no noise that is about colours"),

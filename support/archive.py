@@ -13,7 +13,7 @@ import zipfile
 import torch
 
 from config import UserError
-from support import memory
+from support import files, memory
 
 # All that torch.save refers to in a dict of plain values and tensors of these three types.
 GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
@@ -46,7 +46,7 @@ def read(path):
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; restore it, or name a checkpoint that train.py saved") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
+        raise CheckpointError(f"{path} cannot be read ({files.reason(error)})") from None
     except CheckpointError:
         raise
     except Exception as error:  # a dozen kinds, by where the damage lies

@@ -198,7 +198,7 @@ def load_run(cfg):
         raise NoCheckpointError(f"there is no folder {cfg.out_dir}; name that of a run, or give --weights too")
     weights = choose(cfg.weights, cfg.out_dir)
     model, train_cfg = load_model(weights, pick(cfg.device))
-    values = {name: getattr(train_cfg, name) for name in data.SETTINGS.keys() - cfg.given - {"limit"}}
+    values = {name: getattr(train_cfg, name) for name in data.TEST_SETTINGS.keys() - cfg.given - {"limit"}}
     if cfg.dataset not in ("auto", train_cfg.dataset):
         values.pop("data_dir", None)  # that of other images
     if "out_dir" not in cfg.given:

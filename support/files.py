@@ -11,6 +11,11 @@ from config import UserError
 TEMPORARY = re.compile(r"\.tmp-(?P<pid>\d+)-(?P<host>[^/]*)\.part$")
 
 
+def reason(error):
+    """Why a file could not be read or written, without its name."""
+    return getattr(error, "strerror", None) or error
+
+
 def write_atomically(path, write, replace=True):
     """write(file) to a temporary file beside `path`, onto the disk, then renamed to `path`.
 

@@ -8,7 +8,6 @@ import data
 import diffusion
 from support import channels, devices
 from support.pictures import SIZE
-from support.run import progress_bar
 
 SAMPLE = 90  # images on which the channels in use are counted
 PIXELS = data.TEST_BATCH * SIZE**2  # that a network is given at once
@@ -24,7 +23,7 @@ def held_out_loss(cfg, world, model, images, check=lambda: None):
     model.eval()
     world.copy(*model.buffers())  # each rank has the BatchNorm statistics of its own share
     starts = range(0, len(images), world.size * data.TEST_BATCH)
-    for start in progress_bar(starts, "held-out loss", world, delay=2, leave=False):
+    for start in world.bar(starts, "held-out loss", delay=2, leave=False):
         i = start + world.rank * data.TEST_BATCH
         if i < len(images):
             x0, t, eps = held_out_batch(cfg, images, i)
@@ -55,8 +54,10 @@ def held_out_batch(cfg, images, start):
 
 
 def levels(k, cfg):
-    """t of the T-1 levels at which the loss is measured, k from 0 to T-2: the integers from 1 to T-1 or, with
-    cfg.sigma_range, evenly spaced quantiles of the distribution from which training draws."""
+    """t of the T-1 levels at which the loss is measured, k from 0 to T-2.
+
+    The integers from 1 to T-1 or, with cfg.sigma_range, evenly spaced quantiles of the distribution of training.
+    """
     return data.t_of_quantile((k + 0.5) / (cfg.noise_steps - 1), cfg) if cfg.sigma_range else 1 + k
 
 

@@ -10,7 +10,6 @@ import collections
 
 import torch
 
-from config import UserError
 from support import devices
 
 MOMENTUM = 0.95
@@ -30,12 +29,8 @@ class Muon(torch.optim.AdamW):
 
     A kernel is a matrix (out, in * k * k), that of a transposed convolution (in, out * k * k). Nesterov momentum of
     MOMENTUM. A step's root mean square is 0.2 * SCALE * lr, that of a typical AdamW step being 0.2 * lr (Liu et al.
-    2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds. record: see Recorded.
+    2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
     """
-
-    def __init__(self, *args, record=False, **options):
-        super().__init__(*args, **options)
-        self.unit_steps = Recorded(unit_steps) if record else unit_steps
 
     @torch.no_grad()
     def step(self):
@@ -48,7 +43,7 @@ class Muon(torch.optim.AdamW):
     def orthogonal_step(self, matrices, lr, weight_decay):
         gradients, momenta = [p.grad for p in matrices], [self.momentum(p) for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        steps = self.unit_steps(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+        steps = unit_steps(torch._foreach_lerp(gradients, momenta, MOMENTUM))
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         torch._foreach_add_(matrices, steps, alpha=-lr)
         for p in matrices:
@@ -58,45 +53,6 @@ class Muon(torch.optim.AdamW):
         if not self.state[p]:  # AdamW, when it loads a state, expects a step in each
             self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
         return self.state[p]["momentum"]
-
-
-class Recorded:
-    """A function from a list of tensors to a list of tensors, launched at once on CUDA instead of kernel by kernel.
-
-    There the first call for a given list of shapes records a CUDA graph, and every call replays it. The results belong
-    to the graph: the next call with the same shapes overwrites them. On other devices it is the plain function.
-    """
-
-    def __init__(self, function):
-        self.function, self.recordings = function, {}
-
-    def __call__(self, tensors):
-        if tensors[0].device.type != "cuda":
-            return self.function(tensors)
-        shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self.recordings:
-            self.recordings[shapes] = self.record(tensors)
-        graph, inputs, results = self.recordings[shapes]
-        torch._foreach_copy_(inputs, tensors)
-        graph.replay()
-        return results
-
-    def record(self, tensors):
-        inputs = [tensor.clone() for tensor in tensors]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up at a first call, which cannot be recorded
-            self.function(inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may go on meanwhile
-                results = self.function(inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # after which CUDA is in no state to go on
-            raise UserError(f"no CUDA graph can be recorded here ({error}); leave --compile out") from None
-        return graph, inputs, results
 
 
 def unit_steps(gradients):

@@ -10,7 +10,6 @@ run.after_epoch(test_loss, shares)
 import contextlib
 import dataclasses
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import config
 import data
 import unet
 from config import UserError
-from support import checkpoint, devices, figures, lock, loggers
+from support import checkpoint, devices, figures, files, lock, loggers
 
 SHOW_EVERY = 1.0  # seconds from one look at the loss to the next: reading it waits for the device
 # A resumed run takes the settings that were not typed from its checkpoint, except these, which belong to one start.
@@ -195,7 +194,7 @@ class Run:
         self.started, self.shown = time.monotonic() - self.seconds, time.monotonic()
         batches = data.batches(images, cfg, epoch, world.rank, world.size, done)
         name = f"Epoch {epoch + 1}/{cfg.epochs}"
-        self.bar = progress_bar(batches, name, world, initial=done, total=self.steps_per_epoch)
+        self.bar = world.bar(batches, name, initial=done, total=self.steps_per_epoch)
         return self.bar
 
     def recycling_is_due(self):
@@ -263,7 +262,7 @@ class Run:
             try:
                 figures.comparison_grid(self.model, self.images.test, cfg.noise_steps, path)
             except (OSError, UserError) as error:
-                self.world.warn(f"{path} could not be saved ({reason(error)}); training goes on")
+                self.world.warn(f"{path} could not be saved ({files.reason(error)}); training goes on")
                 return
             self.world.say(f"figure saved: {path}")
             self.to_loggers(lambda logger: logger.figure(path, row["step"]))
@@ -308,7 +307,7 @@ class Run:
         try:
             checkpoint.save(path, state)
         except OSError as error:
-            self.unsaved = f"{path} could not be saved ({reason(error)})"
+            self.unsaved = f"{path} could not be saved ({files.reason(error)})"
             world.warn(f"{self.unsaved}; training goes on, the next save tries again")
             return False
         world.say(f"model saved: {path}")
@@ -353,17 +352,7 @@ def prune(saved, finished):
     delete(inside if finished else so_far[:-2])
 
 
-def reason(error):
-    """Why a file could not be written, without its name."""
-    return getattr(error, "strerror", None) or error
-
-
 def delete(paths):
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def progress_bar(items, name, world, **options):
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file a line every half minute is enough
-    return tqdm(items, name, file=sys.stderr, disable=not world.main, mininterval=interval, **options)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import data
 import diffusion
@@ -46,6 +47,11 @@ class World(NamedTuple):
 
     def warn(self, text):
         self.say(f"WARNING: {text}", sys.stderr)
+
+    def bar(self, items, name, **options):
+        """The items, with a progress bar."""
+        interval = 0.5 if sys.stderr.isatty() else 30  # seconds; in a file a line every half minute is enough
+        return tqdm(items, name, file=sys.stderr, disable=not self.main, mininterval=interval, **options)
 
     def sum(self, x):
         """The tensor x, replaced by its sum over all ranks."""

@@ -199,12 +199,13 @@ def test_kill_9_loses_at_most_the_work_since_the_last_save(start, tmp_path):
         epoch, step = checkpoint.epoch_and_step(found[-1]) if found else (0, 0)
         return min(step, 4 * (epoch + 1))  # of four steps an epoch; that of a finished one is infinite
 
+    moments = random.Random(0)
     for trial in range(2):
         saves = ("--save-every-steps", 1)
         process = start("--resume", "auto") if trial else start("--epochs", 100_000, *SMALL, *saves)
         beyond = step + 2
         wait_for(process, lambda beyond=beyond: reached() > beyond)
-        time.sleep(random.random() / 5)
+        time.sleep(moments.random() / 5)
         process.kill()
         output, _ = process.communicate()
         if trial:

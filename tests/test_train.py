@@ -24,7 +24,7 @@ import data
 import diffusion
 import train
 import unet
-from support import checkpoint, devices, figures, held_out, loggers, muon, streams
+from support import checkpoint, devices, figures, held_out, loggers, streams
 from support import run as runs
 from support.world import World
 
@@ -378,12 +378,6 @@ def test_a_checkpoint_of_other_images_is_refused(run, pictures, tmp_path):
     first.rename(regrouped / "train" / f"z{first.name}")  # in the same order as before, but no longer held out
     with pytest.raises(checkpoint.CheckpointError, match="was trained on other images"):
         run("--resume", "auto", "--data-dir", regrouped, "--epochs", 3)
-
-
-@pytest.mark.parametrize("flag, recorded", [(None, False), (False, False), (True, True)])
-def test_steps_of_muon_are_recorded_only_if_asked(flag, recorded):
-    optimizer = train.make_optimizer(config.defaults(train.SETTINGS, compile=flag), unet.UNet())
-    assert isinstance(optimizer.unit_steps, muon.Recorded) == recorded
 
 
 def test_only_what_makes_no_other_run_may_change():

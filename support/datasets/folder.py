@@ -87,7 +87,7 @@ def fixed_crops(split, named, cfg):
             cfg,
             lambda width, height: 3 * size**2 * (count if max(width, height) > size else 1),
             what=f"the crops of {len(named):,} pictures",
-            remedy="lower --crops-per-image, --crop-size or --limit, or use fewer --scales",
+            remedy="lower --limit" + (", --crop-size or --crops-per-image" if split == "train" else ""),
         )
         good = read_all(split, named, cfg, crops)
         return torch.from_numpy(np.concatenate(good)), {"pictures": len(good)}
