@@ -109,7 +109,7 @@ def self_ensemble(model, count):
             flipped = [dim for dim, bit in ((3, 1), (2, 2)) if turn & bit]
             turned = x.flip(flipped)
             eps_hat = model(turned.mT, t).mT if turn & 4 else model(turned, t)
-            total = total + eps_hat.float().flip(flipped)
+            total = total + eps_hat.to(x.dtype).flip(flipped)
         return total / count
 
     return mean_eps_hat

@@ -11,27 +11,38 @@ THRESHOLD = 0.01  # a channel is in use if it is active in more than this share 
 STRENGTH = 0.1  # of a recycled channel: its standard deviation over that of the shortcut that it is added to
 
 
+def activity(h):
+    """The share of all places in which each channel of h (B, C, H, W) is positive: (C,)."""
+    return (h > 0).float().mean(dim=(0, 2, 3))
+
+
 def is_open(h):
     """Which channels of h (B, C, H, W) are positive in more than THRESHOLD of all places: a bool (C,)."""
-    return (h > 0).float().mean(dim=(0, 2, 3)) > THRESHOLD
+    return activity(h) > THRESHOLD
 
 
 @torch.no_grad()
-def in_use(model, x_t, t):
+def in_use(model, x_t, t, at_once=None):
     """{block: share of its channels in use}, where a block is a part of `model` that has a ReLU over an image.
 
     x_t: noisy images (B, C, H, W); t: their time steps (B,). Of a block's ReLUs the last that is called counts, and a
-    channel is in use if its output is positive in more than THRESHOLD of all places of all the images.
+    channel is in use if its output is positive in more than THRESHOLD of all places of all the images. at_once: images
+    that the network is given in one call; None: all.
     """
     modules = model.named_modules()
     relus = {part: name.rpartition(".")[0] or name for name, part in modules if isinstance(part, torch.nn.ReLU)}
     was_training = model.training
+    active = {}
     model.eval()
     try:
-        found = outputs(model, relus, x_t, t, lambda h: is_open(h).float().mean().item() if h.ndim == 4 else None)
+        for part in zip(x_t.split(at_once or len(x_t)), t.split(at_once or len(t))):
+            found = outputs(model, relus, *part, lambda h: activity(h) if h.ndim == 4 else None)
+            for relu, shares in found.items():
+                if shares is not None:
+                    active[relu] = active.get(relu, 0) + shares * (len(part[0]) / len(x_t))
     finally:
         model.train(was_training)
-    return {relus[relu]: share for relu, share in found.items() if share is not None}
+    return {relus[relu]: (shares > THRESHOLD).float().mean().item() for relu, shares in active.items()}
 
 
 @torch.no_grad()

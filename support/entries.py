@@ -9,6 +9,7 @@ The types are those that archive.read lets through: dict, list, tuple, tensor, s
 
 import inspect
 import keyword
+import math
 import re
 
 import torch
@@ -143,7 +144,7 @@ def is_plain(value):
 
 
 def is_number(value, *kinds):
-    return type(value) in (kinds or (int, float)) and 0 <= value < 2**63
+    return type(value) in (kinds or (int, float)) and 0 <= value < (2**63 if type(value) is int else math.inf)
 
 
 def is_finite(value, dtype=None, shape=None):

@@ -122,17 +122,31 @@ def statistics(parts):
 def usable_blocks(parts):
     """Overlapping blocks (N, 3, BLOCK, BLOCK) of the parts, and the share of clipped pixels in them.
 
-    Clipped pixels have lost their noise: blocks with more than 1% of them are left out, but never more than three
-    quarters of those that are at most half clipped.
+    Left out is what was drawn over the noise, and what has lost it by clipping: blocks with more than 1% of clipped
+    pixels, but never more than three quarters of those that are at most half clipped.
     """
     cut = [np.lib.stride_tricks.sliding_window_view(part, (BLOCK, BLOCK), (1, 2)) for part in parts]
     cut = [blocks[:, :: BLOCK // 2, :: BLOCK // 2].transpose(1, 2, 0, 3, 4) for blocks in cut]
     blocks = np.concatenate([blocks.reshape(-1, *blocks.shape[2:]) for blocks in cut])
-    clipped = ((abs(blocks) < 0.001) | (abs(blocks - 255) < 0.001)).mean(axis=(1, 2, 3))
+    is_clipped = (abs(blocks) < 0.001) | (abs(blocks - 255) < 0.001)
+    same = (blocks[..., 1:] == blocks[..., :-1]) & ~is_clipped[..., 1:]
+    drawn = was_drawn(same.all(axis=1).mean(axis=(1, 2)))
+    blocks, clipped = blocks[~drawn], is_clipped[~drawn].mean(axis=(1, 2, 3))
     if (clipped <= 0.5).any():
         chosen = clipped <= max(0.01, np.quantile(clipped[clipped <= 0.5], 0.25))
         blocks, clipped = blocks[chosen], clipped[chosen]
     return np.broadcast_to(blocks, (len(blocks), 3, BLOCK, BLOCK)), clipped.mean()
+
+
+def was_drawn(same):
+    """Which blocks are of bars, boxes and cut-outs, filled with one colour after the noise: (N,) bool.
+
+    same: the share of each block's neighbouring pixels that are equal, (N,). Noise leaves few equal: if hardly any
+    block is in between, those with most pixels equal were drawn. A picture without noise has blocks of every degree.
+    """
+    drawn = same > 0.5
+    others = same[~drawn]
+    return drawn & (len(others) > 0.1 * len(same) and (others > 0.1).mean() < 0.2)
 
 
 def band_energies(blocks):

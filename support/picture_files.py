@@ -162,11 +162,11 @@ def without_layout(exif):
     tags = Image.Exif()
     try:
         tags.load(exif)
+        for tag in LAYOUT & set(tags):
+            del tags[tag]
+        return tags.tobytes()
     except Exception:  # Pillow raises several kinds
         return exif
-    for tag in LAYOUT & set(tags):
-        del tags[tag]
-    return tags.tobytes()
 
 
 def bare(image, path):

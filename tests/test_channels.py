@@ -39,7 +39,18 @@ def test_a_channel_must_be_active_in_more_than_a_hundredth_of_the_places(batch):
     model.forward = lambda x, t: torch.nn.Sequential.forward(model, x)
     x = -torch.ones(1, 2, 10, 20)
     x[0, 0, 0, :2] = x[0, 1, 0, :3] = 1  # 1% and 1.5%
-    assert channels.in_use(model, x, None) == {"0": 0.5}
+    assert channels.in_use(model, x, torch.ones(1)) == {"0": 0.5}
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_few_images_at_a_time_count_as_all_together(batch, at_once):
+    model = network()
+    assert channels.in_use(model, *batch, at_once) == channels.in_use(model, *batch)
+    seen = []
+    x0 = torch.zeros(90, 3, 128, 128, dtype=torch.uint8)
+    model.forward = lambda x, t: seen.append(len(x))
+    held_out.channels_in_use(config.defaults(train.SETTINGS), model, x0)
+    assert sum(seen) == 90 and max(seen) * 128**2 <= held_out.PIXELS
 
 
 def test_the_control_has_blocks_too(batch):

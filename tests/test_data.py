@@ -410,6 +410,16 @@ def test_a_folder_without_permission_is_named(tmp_path):
         closed.chmod(0o755)
 
 
+@pytest.mark.parametrize("sorted_", [False, True])
+def test_figures_of_a_run_do_not_become_its_images(tmp_path, sorted_):
+    for split in ("train", "test"):
+        make_folder(tmp_path / split if sorted_ else tmp_path, 3, 32, 32)
+    inside, beside = (tmp_path / "test" / "model", tmp_path / "model") if sorted_ else (tmp_path / "model", "model")
+    with pytest.raises(DataError, match=r"--out-dir .* is inside .*; choose another"):
+        load("test", "folder", tmp_path, out_dir=str(inside))
+    load("test", "folder", tmp_path, out_dir=str(beside))
+
+
 def test_memory_that_is_not_there_is_refused_before_it_is_taken(tmp_path, monkeypatch, capsys):
     make_folder(tmp_path, 12, 64, 64)
     assert 10**6 < folder.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -543,6 +544,14 @@ def test_every_kind_of_picture_stays_what_it_is(run):
     np.testing.assert_array_equal(out["equal.bmp"], np.asarray(out["grey.png"])[..., None].repeat(3, 2))
     # The network has no use for alpha: the colours are those without it.
     np.testing.assert_array_equal(out["transparent.png"].convert("RGB"), out["colour.png"])
+
+
+def test_exif_data_of_a_wrong_type_do_not_cost_the_picture(run, capsys):
+    """A resolution (tag 282) that is a text, where Pillow expects a fraction and fails to write one."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">HHHI4sI", 1, 282, 2, 3, b"72\0\0", 0)
+    write("a.jpg", noise(40, 48, 3), exif=exif)
+    run("a.jpg", "-o", "a.tif", "--sigma", 5)
+    assert Image.open("a.tif").size == (48, 40)
 
 
 @pytest.mark.parametrize("ending", sorted(pictures.IMAGE_FILES))

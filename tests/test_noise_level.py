@@ -75,6 +75,23 @@ def test_the_steps_to_which_jpeg_rounds_are_those_of_the_file(quality):
         assert 0.85 * least < share_of_zeros < 1.15 * most
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("part", [np.s_[:, :40], np.s_[:, :, -24:], np.s_[:, 100:130, 30:150]])
+def test_what_was_drawn_over_the_noise_is_not_looked_at(picture, channels, part):
+    """A bar above, a bar at the right, a box: each of one colour."""
+    noisy = benchmark.degrade("white", picture, 15)[:channels]
+    expected = noise_level.estimate(noisy).sigma
+    noisy[part] = np.array([30, 31, 35]).reshape(3, 1, 1)[:channels]
+    assert expected > 12 and noise_level.estimate(noisy).sigma == pytest.approx(expected, rel=0.1)
+
+
+def test_a_drawing_has_no_noise():
+    """Two colours, a little of it shaded: what has no noise is then no reason to look elsewhere."""
+    drawing = np.full((3, 256, 256), 60, np.uint8)
+    drawing[:, 80:170, 50:200] = np.linspace(80, 200, 150)
+    assert noise_level.estimate(drawing).sigma < 1
+
+
 @pytest.mark.parametrize("y, x", [(0, 0), (3, 0), (5, 2), (7, 6)])
 def test_the_grid_of_jpeg_is_found_after_a_cut(picture, y, x):
     noisy = benchmark.degrade("JPEG 85", picture, 5)[:, y:, x:]

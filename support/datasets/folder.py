@@ -124,6 +124,9 @@ def files(split, cfg):
         names = pictures.image_files(root)
     else:
         names = hold_out(pictures.image_files(root))[split == "test"]
+    out_dir = getattr(cfg, "out_dir", None)
+    if out_dir and Path(out_dir).resolve().is_relative_to(root.resolve()):
+        raise DataError(f"--out-dir {out_dir} is inside {root}, where its figures would become images; choose another")
     if not names:
         raise DataError(f"no {split} images in {root}; put at least two image files there (.png, .jpg, ...)")
     chosen = choice(len(names), cfg.limit)
