@@ -22,27 +22,27 @@ def is_open(h):
 
 
 @torch.no_grad()
-def in_use(model, x_t, t, at_once=None):
+def in_use(model, batches):
     """{block: share of its channels in use}, where a block is a part of `model` that has a ReLU over an image.
 
-    x_t: noisy images (B, C, H, W); t: their time steps (B,). Of a block's ReLUs the last that is called counts, and a
-    channel is in use if its output is positive in more than THRESHOLD of all places of all the images. at_once: images
-    that the network is given in one call; None: all.
+    batches: pairs of noisy images (B, C, H, W) and their time steps (B,). Of a block's ReLUs the last that is called
+    counts, and a channel is in use if its output is positive in more than THRESHOLD of all places of all the images.
     """
     modules = model.named_modules()
     relus = {part: name.rpartition(".")[0] or name for name, part in modules if isinstance(part, torch.nn.ReLU)}
     was_training = model.training
-    active = {}
+    total, count = {}, 0
     model.eval()
     try:
-        for part in zip(x_t.split(at_once or len(x_t)), t.split(at_once or len(t))):
-            found = outputs(model, relus, *part, lambda h: activity(h) if h.ndim == 4 else None)
-            for relu, shares in found.items():
-                if shares is not None:
-                    active[relu] = active.get(relu, 0) + shares * (len(part[0]) / len(x_t))
+        for x_t, t in batches:
+            count += len(x_t)
+            found = outputs(model, relus, x_t, t, lambda h: activity(h) if h.ndim == 4 else None)
+            for relu, active in found.items():
+                if active is not None:
+                    total[relu] = total.get(relu, 0) + len(x_t) * active
     finally:
         model.train(was_training)
-    return {relus[relu]: (shares > THRESHOLD).float().mean().item() for relu, shares in active.items()}
+    return {relus[relu]: (active > THRESHOLD * count).float().mean().item() for relu, active in total.items()}
 
 
 @torch.no_grad()

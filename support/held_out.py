@@ -39,15 +39,15 @@ def in_parts(model):
     """The same model(x, t), which calls `model` on a few images at a time where they are large."""
 
     def eps_hat(x, t):
-        few = at_once(x)
-        return torch.cat([model(*part) for part in zip(x.split(few), t.split(few))])
+        return torch.cat([model(*part) for part in parts_of(x, t)])
 
     return eps_hat
 
 
-def at_once(x):
-    """How many of the images x (B, C, H, W) a network is given in one call."""
-    return max(1, PIXELS // x[0, 0].numel())
+def parts_of(x, t):
+    """The images x (B, C, H, W) and their t (B,), a few at a time where they are large."""
+    few = max(1, PIXELS // x[0, 0].numel())
+    return zip(x.split(few), t.split(few))
 
 
 def held_out_batch(cfg, images, start):
@@ -72,4 +72,4 @@ def channels_in_use(cfg, model, images):
     x0 = data.scale(images[:SAMPLE])
     t = levels(torch.arange(len(x0), device=x0.device) * (cfg.noise_steps - 1) // len(x0), cfg)
     x_t = diffusion.add_noise(x0, data.held_out_noise(x0, 0), t, cfg.noise_steps)
-    return channels.in_use(model, x_t, t, at_once(x_t))
+    return channels.in_use(model, parts_of(x_t, t))

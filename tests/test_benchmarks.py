@@ -92,6 +92,7 @@ def test_the_textbook_curve_ends_with_the_training(settings, monkeypatch):
     monkeypatch.setattr(reference, "training", lambda model, images: iter(torch.zeros(5)))
     curve = timed.reference_curve(1e6, 3, images, images[:4], CPU)
     assert len(curve) == 3 and len({loss for _, loss in curve}) == 1
+    assert [seconds for seconds, _ in curve] == sorted(seconds for seconds, _ in curve)
 
 
 @pytest.mark.parametrize("target", [0.1051, 0.1103, 0.1417, 0.2, 0.7, 6])

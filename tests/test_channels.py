@@ -30,7 +30,7 @@ def test_channels_that_never_open_are_counted_block_by_block(batch):
         parameter.data.zero_()
     model.enc2.conv2.bias.data[:] = torch.tensor([1.0, 1, 1, 1, 1, 1, -1, 0])
     model.dec1.conv1.bias.data[:] = 1.0  # the first ReLU of a block does not count
-    shares = channels.in_use(model, *batch)
+    shares = channels.in_use(model, [batch])
     assert shares == {"enc1": 0, "enc2": 0.75, "bottleneck": 0, "dec1": 0, "dec2": 0}
 
 
@@ -39,13 +39,14 @@ def test_a_channel_must_be_active_in_more_than_a_hundredth_of_the_places(batch):
     model.forward = lambda x, t: torch.nn.Sequential.forward(model, x)
     x = -torch.ones(1, 2, 10, 20)
     x[0, 0, 0, :2] = x[0, 1, 0, :3] = 1  # 1% and 1.5%
-    assert channels.in_use(model, x, torch.ones(1)) == {"0": 0.5}
+    assert channels.in_use(model, [(x, None)]) == {"0": 0.5}
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_few_images_at_a_time_count_as_all_together(batch, at_once):
     model = network()
-    assert channels.in_use(model, *batch, at_once) == channels.in_use(model, *batch)
+    parts = zip(*(tensor.split(at_once) for tensor in batch))
+    assert channels.in_use(model, parts) == channels.in_use(model, [batch])
     seen = []
     x0 = torch.zeros(90, 3, 128, 128, dtype=torch.uint8)
     model.forward = lambda x, t: seen.append(len(x))
@@ -55,7 +56,7 @@ def test_a_few_images_at_a_time_count_as_all_together(batch, at_once):
 
 def test_the_control_has_blocks_too(batch):
     model = PlainUNet(widths=(4, 4, 8))
-    assert list(channels.in_use(model, *batch)) == ["enc1", "enc2", "bottleneck", "dec1", "dec2"]
+    assert list(channels.in_use(model, [batch])) == ["enc1", "enc2", "bottleneck", "dec1", "dec2"]
     assert model.training
 
 
@@ -71,7 +72,7 @@ def test_channels_that_are_the_same_everywhere_are_left_off(batch):
 def test_every_block_of_a_level_is_counted(batch):
     model = UNet(widths=(8, 8, 16), t_dim=8, blocks=2)
     model.enc1.conv2.bias.data[:] = -100.0
-    shares = channels.in_use(model, *batch)
+    shares = channels.in_use(model, [batch])
     blocks = ("enc1", "enc2", "bottleneck", "dec1", "dec2")
     assert sorted(shares) == sorted([*blocks, *(f"{block}.more.0" for block in blocks)])
     assert shares["enc1"] == 0 and shares["enc1.more.0"] > 0
@@ -85,9 +86,9 @@ def test_recycling_opens_channels_and_hardly_changes_the_output(batch):
     optimizer.step()
     before = model(*batch)
     spared = model.bottleneck.conv2.weight[12:].clone()
-    assert channels.in_use(model, *batch)["bottleneck"] == pytest.approx(4 / 16)
+    assert channels.in_use(model, [batch])["bottleneck"] == pytest.approx(4 / 16)
     assert channels.recycle(model, optimizer, *batch, torch.Generator().manual_seed(1)) >= 12
-    assert channels.in_use(model, *batch)["bottleneck"] == 1
+    assert channels.in_use(model, [batch])["bottleneck"] == 1
     assert torch.equal(model.bottleneck.conv2.weight[12:], spared)
     moments = optimizer.state[model.bottleneck.conv2.weight]["exp_avg"]
     assert (moments[:12] == 0).all() and (moments[12:] != 0).any()

@@ -550,7 +550,8 @@ def test_exif_data_of_a_wrong_type_do_not_cost_the_picture(run, capsys):
     """A resolution (tag 282) that is a text, where Pillow expects a fraction and fails to write one."""
     exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">HHHI4sI", 1, 282, 2, 3, b"72\0\0", 0)
     write("a.jpg", noise(40, 48, 3), exif=exif)
-    run("a.jpg", "-o", "a.tif", "--sigma", 5)
+    assert run("a.jpg", "-o", "a.tif", "--sigma", 5) == 0
+    assert "its EXIF data cannot be stored there" in capsys.readouterr().err
     assert Image.open("a.tif").size == (48, 40)
 
 

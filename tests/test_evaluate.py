@@ -580,7 +580,8 @@ def test_pictures_too_small_for_bm3d_are_refused_before_the_work(untrained, run_
 def test_settings_that_whole_pictures_have_no_use_for_are_refused(flag, untrained, run_script, photographs):
     untrained("unet")
     code, _, err = run_script("--dataset", "folder", "--data-dir", photographs, flag, 2)
-    assert code == 1 and re.match(rf"error: {flag} does nothing to whole pictures, .*; leave it out, or .*\n", err)
+    why = "does nothing to whole pictures, which are denoised in one step; leave it out, or measure crops (--no-whole)"
+    assert code == 1 and err == f"error: {flag} {why}\n"
 
 
 def test_pictures_smaller_than_the_crops_are_measured_whole(untrained, run_script, photographs, tmp_path):

@@ -87,7 +87,8 @@ def fixed_crops(split, named, cfg):
             cfg,
             lambda width, height: 3 * size**2 * (count if max(width, height) > size else 1),
             what=f"the crops of {len(named):,} pictures",
-            remedy="lower --limit" + (", --crop-size or --crops-per-image" if split == "train" else ""),
+            remedy="lower --crop-size or --limit"
+            + (", or --crops-per-image, or use fewer --scales" if split == "train" else ""),
         )
         good = read_all(split, named, cfg, crops)
         return torch.from_numpy(np.concatenate(good)), {"pictures": len(good)}
@@ -119,14 +120,13 @@ def files(split, cfg):
     root = Path(cfg.data_dir)
     if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder; --data-dir must name a folder of images")
-    if is_sorted(root):
-        root = root / split
-        names = pictures.image_files(root)
-    else:
-        names = hold_out(pictures.image_files(root))[split == "test"]
+    has_splits = is_sorted(root)
+    root = root / split if has_splits else root
     out_dir = getattr(cfg, "out_dir", None)
     if out_dir and Path(out_dir).resolve().is_relative_to(root.resolve()):
         raise DataError(f"--out-dir {out_dir} is inside {root}, where its figures would become images; choose another")
+    names = pictures.image_files(root)
+    names = names if has_splits else hold_out(names)[split == "test"]
     if not names:
         raise DataError(f"no {split} images in {root}; put at least two image files there (.png, .jpg, ...)")
     chosen = choice(len(names), cfg.limit)
