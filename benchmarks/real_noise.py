@@ -2,8 +2,8 @@
 
     python -m benchmarks.real_noise --data-dir data/photographs --limit 8 --weights model/unet32.pth model/photo.pth
 
-Whole test pictures, with noise of level 20 (0-255 scale) of the kinds of benchmarks/noise_level.py, in 8 bits. The
-level is estimated from each picture, as denoise.py does by default.
+Whole test pictures, with noise of the kinds of benchmarks/noise_level.py, in 8 bits. Its level is estimated from each
+picture, as denoise.py does by default.
 """
 
 import numpy as np
@@ -12,15 +12,15 @@ import config
 import data
 import denoise
 from benchmarks.noise_level import KINDS, OF_COLOURS, degrade
-from config import Setting
+from config import Setting, positive
 from support import devices, metrics, pixels, script
 
 SETTINGS = data.TEST_SETTINGS | devices.SETTINGS | {
     "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
     "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.file_name, "checkpoints to compare", "+"),
+    "sigma": Setting(20, positive, "level of the noise, 0-255 scale"),
     "grey": Setting(False, bool, "make the pictures grey first: one channel, and no noise that is about colours"),
 }  # fmt: skip
-SIGMA = 20  # on the 0-255 scale
 
 
 def main():
@@ -35,7 +35,7 @@ def main():
     for kind in [kind for kind in KINDS if not (cfg.grey and kind in OF_COLOURS)]:
         values = []
         for seed, clean in enumerate(pictures):
-            noisy = clean.new_tensor(degrade(kind, clean.numpy(), SIGMA, seed))
+            noisy = clean.new_tensor(degrade(kind, clean.numpy(), cfg.sigma, seed))
             results = [noisy] + [denoise.denoise_pixels(network, noisy).clean for network in networks]
             values.append([metrics.psnr(*(pixels.to_x(x)[None] for x in (result, clean))).item() for result in results])
         print(f"| {kind} |" + "".join(f" {mean:.2f} |" for mean in np.mean(values, axis=0)), flush=True)

@@ -210,7 +210,7 @@ def test_a_measured_training(pictures, tmp_path, monkeypatch):
 
 
 def test_the_table_of_real_noise(tmp_path, monkeypatch, capsys):
-    """A grey ramp: white noise of sigma 20 means 20 log10(255 / 20) = 22.1 dB, and a denoiser gains much."""
+    """A grey ramp: white noise of sigma 20 means 20 log10(255 / 20) = 22.1 dB, of 10 28.1; a denoiser gains much."""
     ramp = Image.linear_gradient("L").resize((160, 160)).point(lambda value: 60 + value // 2).convert("RGB")
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
@@ -220,9 +220,9 @@ def test_the_table_of_real_noise(tmp_path, monkeypatch, capsys):
     real_noise.main()
     noisy, clean = map(float, re.search(r"\| white \| (\S+) \| (\S+) \|", capsys.readouterr().out).groups())
     assert noisy == pytest.approx(22.1, abs=0.2) and clean > 32
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--grey"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--grey", "--sigma", "10"])
     monkeypatch.setattr(real_noise, "KINDS", ["white", "chroma", "equal", "camera"])
     real_noise.main()
     (values,) = re.findall(r"^\| (?!noise)\w+ \| (\S+) \| (\S+) \|", capsys.readouterr().out, re.M)
     noisy, clean = map(float, values)
-    assert noisy == pytest.approx(22.1, abs=0.2) and clean > 32
+    assert noisy == pytest.approx(28.1, abs=0.2) and clean > 35
