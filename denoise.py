@@ -236,7 +236,7 @@ def doubt(noisy, result, network, strength):
         return None
     other = "give another --sigma"
     if network.path.resolve() == checkpoint.PHOTO and assumed > high and not is_grey(noisy):
-        other = "try --weights model/unet32.pth, which knows stronger white noise"
+        other = "for white noise try --weights model/unet32.pth"
     return (
         f"sigma {rounded(assumed)} is assumed, but the network was trained on {low:.1f} to {high:.1f}"
         f"{' (grey)' if result.gain > 1 else ''}; look at the result, or {other}"

@@ -1,5 +1,5 @@
 """The networks: UNet predicts the noise in an image from the image and the time step; PlainUNet, its control, has the
-same shape and does not know the time step.
+same levels and widths and does not know the time step.
 
     model = UNet()
     eps_hat = model(x_t, t)        # x_t (B, 3, H, W), t (B,) -> (B, 3, H, W)
@@ -95,7 +95,7 @@ class UNet(nn.Module):
 
 
 class PlainUNet(nn.Module):
-    """The control: the same shape without time conditioning. forward takes t and ignores it."""
+    """The control: the same levels and widths, without time conditioning. forward takes t and ignores it."""
 
     knows_t = False  # a network without this attribute is taken to know t
 

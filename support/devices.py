@@ -59,7 +59,7 @@ def bfloat16_is_fast():
 
 
 def autocast(device, precision):
-    """The context in which the network runs; weights, loss and optimizer stay in float32."""
+    """The context in which the network runs; weights and loss stay in float32."""
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
 

@@ -982,7 +982,7 @@ def test_a_warning_outside_the_trained_levels(settings, grey, low, high):
         assert f"was trained on {low:.1f} to {high:.1f}" in text and ("(grey)" in text) == grey
         assert text.endswith("; look at the result, or give another --sigma")
     model = model._replace(path=checkpoint.PHOTO)
-    assert doubt(1.2 * high).endswith("try --weights model/unet32.pth, which knows stronger white noise")
+    assert doubt(1.2 * high).endswith("for white noise try --weights model/unet32.pth")
     assert doubt(0.4 * low).endswith("give another --sigma")
     noisy[:] = 0.5  # grey, of which the other network knows less
     noisy = noisy[:1]
