@@ -19,8 +19,8 @@ import torch
 def methods():
     """{name: estimates with different settings, of which the best is taken}, as far as the packages are installed.
 
-    All know sigma. BM3D has its authors' settings but for gamma, see bm3d_in_colour; the others', and those of BM3D with
-    blocks of 4x4 in place of 8x8 pixels, are those that did best of many on 24 to 40 of CIFAR-10's training images.
+    All know sigma. BM3D has its authors' settings but for gamma, see bm3d_in_colour. The others' settings, and those of
+    BM3D with blocks of 4x4 in place of 8x8 pixels, did best of many on 24 to 40 of CIFAR-10's training images.
     """
     found = {"blur": [functools.partial(blur, width=width / 10) for width in range(2, 31)]}
     missing = []
