@@ -28,6 +28,8 @@ SETTINGS = {
 } | {key: setting for module in DATASETS.values() for key, setting in module.SETTINGS.items()}  # fmt: skip
 TRAINING_ONLY = {"crops_per_image", "fresh_crops", "scales"}
 TEST_SETTINGS = {name: setting for name, setting in SETTINGS.items() if name not in TRAINING_ONLY}
+PICTURE_SETTINGS = TEST_SETTINGS | {"dataset": SETTINGS["dataset"]._replace(default="folder")}  # of whole pictures
+del PICTURE_SETTINGS["crop_size"]
 NOISE_SETTINGS = {
     "continuous_t": Setting(False, bool, "train on all noise levels, t within 1/2 of the integers"),
     "sigma_range": Setting(None, real(0, 127), "lowest and highest sigma, 0-255; None: those of the steps", 2),
@@ -69,7 +71,7 @@ def resolve(cfg):
 def whole_pictures(split, cfg):
     """The pictures of a split, as functions: read() -> uint8 (3, H, W), any size, or DataError. Raises UserError."""
     cfg = resolve(cfg)
-    if not hasattr(DATASETS[cfg.dataset], "files"):
+    if cfg.dataset != "folder":
         raise UserError(f"--dataset {cfg.dataset} has no whole pictures; use --dataset folder")
 
     def reader(name, path):
@@ -78,7 +80,7 @@ def whole_pictures(split, cfg):
         return again
 
     # In one thread: one picture at a time in memory.
-    return folder.read_all(split, DATASETS[cfg.dataset].files(split, cfg), cfg, reader, threads=1)
+    return folder.read_all(split, folder.files(split, cfg), cfg, reader, threads=1)
 
 
 def read_whole(path, max_pixels):

@@ -113,7 +113,11 @@ def load(weights=None, device="auto", precision="auto"):
 def load_once(path, changed, device, precision):
     """changed: the file's modification time, ns, or None; part of the cache's key and nothing else."""
     device = devices.pick(device)
-    model, train_cfg = checkpoint.load_model(path, device)
+    return prepare(*checkpoint.load_model(path, device), path, device, precision)
+
+
+def prepare(model, train_cfg, path, device, precision):
+    """The Network of what checkpoint.load_model returned."""
     margin = tiles.margin_of(tiles.receptive_field(model))
     return Network(model, train_cfg, path, device, devices.pick_precision(precision, device), margin)
 
@@ -131,13 +135,11 @@ def denoise_pixels(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     """The Result for pixels (C, H, W) of any height and width: uint8, uint16, or floating in [-1, 1]; C is 1 or 3.
 
     sigma: on the 0-255 scale; None: estimated. ensemble: see diffusion.self_ensemble. Apart from copies of the pixels,
-    memory use is bounded. Raises UserError if the network cannot work in tiles and the picture has more than WHOLE
-    pixels.
+    memory use is bounded. Raises UserError, see check_size.
     """
     model, T = network.model, network.train_cfg.noise_steps
     margin, size = network.margin, TILE[network.precision]
-    if margin == math.inf and noisy[0].numel() > WHOLE:
-        raise UserError(f"{network.path} must see a picture as a whole, of at most {WHOLE:,} pixels; use other weights")
+    check_size(network, *noisy.shape[1:])
     gain, source = 1.0, noisy
     if is_grey(noisy):
         gain = 1.0 if knows_equal_noise(network.train_cfg) else math.sqrt(3)
@@ -145,8 +147,8 @@ def denoise_pixels(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     level = Level(sigma, sigma, sigma) if sigma is not None else level_of(source, network, model, gain)
     told = torch.tensor([strength * (level.sigma / GREY_LEVELS)], dtype=torch.float32, device=network.device)
     t = diffusion.t_of(told, T)
-    # Tiles in tiles: the outer ones, at most three times as wide and with a margin for every step, bound the memory of
-    # a whole denoising, the inner ones that of one call of the network. With one step they coincide.
+    # Tiles in tiles: the outer ones, up to three times as wide or four of their margins (every step adds one), bound
+    # the memory of a whole denoising, the inner ones that of a call of the network. With one step they coincide.
     in_tiles = tiles.tiled(diffusion.self_ensemble(model, ensemble), size, margin)
 
     def denoise_part(part):
@@ -159,6 +161,12 @@ def denoise_pixels(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     with torch.inference_mode(), devices.autocast(network.device, network.precision):
         tiles.by_tiles(denoise_part, source, clean, size * min(steps, 3), steps * margin)
     return Result(clean.expand_as(noisy), level, gain)
+
+
+def check_size(network, height, width):
+    """Raises UserError if a network that cannot work in tiles cannot take a picture of so many pixels."""
+    if network.margin == math.inf and height * width > WHOLE:
+        raise UserError(f"{network.path} must see a picture as a whole, of at most {WHOLE:,} pixels; use other weights")
 
 
 def is_grey(noisy):

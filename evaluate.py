@@ -11,6 +11,7 @@ For images of one size it also draws model/res/evaluation_{checkpoint}.png.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -23,6 +24,7 @@ import data
 import denoise
 import diffusion
 from config import Setting, UserError, name_ending, whole
+from diffusion import GREY_LEVELS
 from support import checkpoint, classical, devices, figures, files, held_out, measure, metrics, script, streams, tables
 from support.datasets import folder
 from support.measure import LITERATURE, Job, estimator, noisy
@@ -34,7 +36,7 @@ SETTINGS = data.TEST_SETTINGS | checkpoint.SETTINGS | devices.SETTINGS | {
     "subset":    Setting(100, whole(), "images for what takes many passes: several steps and the blind estimate"),
     "steps":     Setting(None, whole(1, 1000), "most steps to try; None: one for each unit of t, and at most 50"),
     "ensemble":  denoise.SETTINGS["ensemble"],
-    "baselines": Setting(None, whole(0), "images that the classical denoisers get; None: 100, or 0 of whole pictures"),
+    "baselines": Setting(None, whole(0), "images that classical denoisers get; None: 100; of whole pictures: BM3D, 0"),
     "json":      Setting(None, name_ending(".json"), "file to write the tables to as JSON"),
     "markdown":  Setting(None, name_ending(".md"), "file to write the tables to as Markdown"),
     "overwrite": Setting(False, bool, "replace these two files if they exist"),
@@ -44,7 +46,7 @@ MEASURES = (
     'range, on the 0-255 scale; so is sigma. Every "±" is a 95% interval over images, 1.96 standard errors.'
 )
 WHOLE_LEVELS = (5, 10, 15, 25, 50)  # sigma of whole pictures, on the 0-255 scale
-TOLD = (1, 2)  # sigma that the network is told of whole pictures without noise, on the same scale
+TOLD = {"1": 1, "2": 2, "estimated": None}  # sigma that the network is told of pictures without noise
 
 
 def plan(cfg, networks):
@@ -77,32 +79,41 @@ def evaluate_images(cfg, networks, knows_level, images):
     return made, records
 
 
-@torch.inference_mode()
-def evaluate_pictures(cfg, networks, knows_level, pictures, device, weights):
-    """The tables for whole pictures, see data.whole_pictures. weights: the network's, for denoise.py's estimate."""
-    model, T = networks["network"]
-    every = len(pictures)
-    # Read before the long work: a training run may delete the file meanwhile.
-    denoiser = denoise.load(weights, cfg.device, cfg.precision) if knows_level else None
-    denoisers = {"noisy": (every, noisy)} | {name: (every, estimator(*net)) for name, net in networks.items()}
-    methods = classical.methods() if cfg.baselines else {}
-    if "BM3D" in methods:
-        if any(min(read().shape[1:]) < classical.BLOCK for read in pictures[: cfg.baselines]):
-            size = f"{classical.BLOCK}x{classical.BLOCK}"
-            raise UserError(f"BM3D needs {size} pixels; leave smaller pictures or --baselines out")
-        denoisers["BM3D"] = (cfg.baselines, methods["BM3D"][0])
-    records = measure.run_whole(pictures, WHOLE_LEVELS, denoisers, device)
-    on_clean = {f"{sigma}": (every, measure.told(estimator(model, T), sigma)) for sigma in TOLD}
-    if denoiser:
+def evaluate_pictures(cfg, networks, pictures):
+    """The tables for whole pictures, see data.whole_pictures. networks: {name: denoise.Network}, as for images."""
+    every, network = len(pictures), networks["network"]
+    sizes = [tuple(read().shape[1:]) for read in pictures]
+    for net, size in itertools.product(networks.values(), sizes):
+        denoise.check_size(net, *size)
 
-        def blind(x_t, _):
-            return denoise.denoise_pixels(denoiser, x_t[0].cpu(), ensemble=cfg.ensemble).clean[None].to(device)
+    def denoiser(network, told):
+        """told(sigma): the level that the network is told, 0-255 scale; None: estimated."""
 
-        on_clean["estimated, as by denoise.py"] = every, blind
-    clean = measure.run_whole(pictures, (0,), on_clean, device)
+        def estimate(x_t, sigma):
+            return denoise.denoise_pixels(network, x_t[0], told(sigma), ensemble=cfg.ensemble).clean[None]
+
+        return every, estimate
+
+    denoisers = {"noisy": (every, noisy)}
+    denoisers |= {name: denoiser(net, lambda sigma: GREY_LEVELS * sigma) for name, net in networks.items()}
+    if cfg.baselines:
+        denoisers["BM3D"] = cfg.baselines, bm3d(sizes[: cfg.baselines])
+    records = measure.run_whole(pictures, WHOLE_LEVELS, denoisers)
+    on_clean = {name: denoiser(network, lambda _, level=level: level) for name, level in TOLD.items()}
+    clean = measure.run_whole(pictures, (0,), on_clean)
     # The literature reports on CBSD68: 68 pictures of 481x321 or 321x481 pixels.
-    cbsd68 = every == 68 and all(sorted(read().shape[1:]) == [321, 481] for read in pictures)
+    cbsd68 = every == 68 and all(sorted(size) == [321, 481] for size in sizes)
     return [*(tables.pictures(records, key, cbsd68) for key in metrics.METRICS), tables.clean(clean)]
+
+
+def bm3d(sizes):
+    """The estimate of BM3D for pictures of these sizes, (height, width). Raises UserError."""
+    if not classical.installed("bm3d"):
+        raise UserError("--baselines needs BM3D for whole pictures; pip install -r requirements-bench.txt")
+    if min(map(min, sizes)) < classical.BLOCK:
+        size = f"{classical.BLOCK}x{classical.BLOCK}"
+        raise UserError(f"BM3D needs {size} pixels; leave smaller pictures or --baselines out")
+    return classical.by_picture(classical.bm3d_in_colour)
 
 
 def held_out_pictures(cfg):
@@ -170,30 +181,30 @@ def main():
     cfg = config.parse(__doc__, SETTINGS)
     started = time.monotonic()
     device = devices.pick(cfg.device)
-    cfg = dataclasses.replace(cfg, device=str(device))  # so that a fallback is reported once
     check_reports(cfg)
-    weights, model, train_cfg, cfg = checkpoint.load_run(cfg)
-    networks = {"network": (model, train_cfg.noise_steps)}
+    weights, model, train_cfg, cfg = checkpoint.load_run(cfg, device)
+    loaded = {"network": (model, train_cfg, weights)}
     if cfg.control:
-        control, control_cfg = checkpoint.load_model(cfg.control, device)
-        networks["control"] = control, control_cfg.noise_steps
+        loaded["control"] = *checkpoint.load_model(cfg.control, device), Path(cfg.control)
     pictures = held_out_pictures(cfg)
     if cfg.baselines is None:
         cfg = dataclasses.replace(cfg, baselines=0 if pictures else 100)
     images, source = held_out_images(cfg, pictures)
     images = images.to(device)
-    figure = None if pictures else script.figure_path(cfg.out_dir, f"evaluation_{weights.stem}.png")
+    figure = None if pictures else script.result_path(cfg.out_dir, f"evaluation_{weights.stem}.png")
     print(f"data: {source}; weights: {weights}")
 
     shares = held_out.channels_in_use(train_cfg, model, images) if len(images) else {}
     precision = devices.pick_precision(cfg.precision, device)
-    knows_level = getattr(model, "knows_t", True)
-    adapt = measure.of_any_size if pictures else measure.in_precision
-    networks = {name: (adapt(net, precision, cfg.ensemble), T) for name, (net, T) in networks.items()}
     if pictures:
-        made = evaluate_pictures(cfg, networks, knows_level, pictures, device, weights)
+        networks = {name: denoise.prepare(*of, device, precision) for name, of in loaded.items()}
+        made = evaluate_pictures(cfg, networks, pictures)
     else:
-        made, records = evaluate_images(cfg, networks, knows_level, images)
+        networks = {
+            name: (measure.in_precision(net, precision, cfg.ensemble), its_cfg.noise_steps)
+            for name, (net, its_cfg, _) in loaded.items()
+        }
+        made, records = evaluate_images(cfg, networks, getattr(model, "knows_t", True), images)
     about = dict(weights=str(weights), control=cfg.control, data=source, images=len(pictures or images))
     about |= dict(ensemble=cfg.ensemble, precision=precision, **devices.describe(device))
     about |= dict(seconds=round(time.monotonic() - started, 1), measures=MEASURES)

@@ -49,7 +49,7 @@ def main():
     if cfg.t >= T:
         raise UserError(f"--t {cfg.t} is outside 1 ... {T - 1}; lower it")
     network = unet.describe(cfg)
-    path = script.figure_path(cfg.out_dir, "comparison_result_overfit.png")
+    path = script.result_path(cfg.out_dir, "comparison_result_overfit.png")
     images, source = data.load("test", cfg)
     print(f"data: one of {source}")
     x0 = data.scale(images[:1].to(device))

@@ -98,7 +98,7 @@ def recycle(cfg, world, model, optimizer, x0, eps, t, run):
     x_t, t = map(world.gather, (diffusion.add_noise(x0, eps, t, cfg.noise_steps), t))
     count = channels.recycle(model, optimizer, x_t, t, streams.generator("cpu", cfg.seed, streams.KERNELS, run.step))
     if count:
-        world.say(f"recycled {count} channels that were not in use")
+        world.say(f"channels that were not in use, and are recycled: {count}")
 
 
 def lr_at(step, cfg, steps_per_epoch):
@@ -121,7 +121,7 @@ def set_lr(optimizer, lr):
 def make_optimizer(cfg, model):
     options = dict(lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     if cfg.optimizer == "muon":
-        return muon.Muon(model.parameters(), **options)
+        return muon.Muon(model.parameters(), precision=cfg.precision, **options)
     return torch.optim.AdamW(model.parameters(), **options)
 
 

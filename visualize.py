@@ -44,7 +44,7 @@ def draw_curves(out_dir):
     log = Path(out_dir) / "log.csv"
     if not log.is_file():
         raise UserError(f"{log} does not exist; run train.py first, or name the run's folder with --out-dir")
-    path = script.figure_path(out_dir, "curves.png")
+    path = script.result_path(out_dir, "curves.png")
     try:
         with open(log, newline="") as file:
             figures.curves(list(csv.DictReader(file)), path)
@@ -55,12 +55,12 @@ def draw_curves(out_dir):
 
 def draw_images(cfg):
     """Draw the grid or the strip; returns the figure's path. Raises UserError."""
-    weights, model, train_cfg, cfg = checkpoint.load_run(cfg)
+    weights, model, train_cfg, cfg = checkpoint.load_run(cfg, devices.pick(cfg.device))
     T = train_cfg.noise_steps
     level = cfg.t or T // 2
     if level >= T:
         raise UserError(f"--t {level} is outside 1 ... {T - 1}; lower it")
-    path = script.figure_path(cfg.out_dir, f"{'steps' if cfg.strip else 'comparison_result'}_{weights.stem}.png")
+    path = script.result_path(cfg.out_dir, f"{'steps' if cfg.strip else 'comparison_result'}_{weights.stem}.png")
     images, source = data.load("test", cfg)
     print(f"data: {source}; weights: {weights}")
     if cfg.strip:

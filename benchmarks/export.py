@@ -9,13 +9,15 @@ versions before 3.4 do not say on what they were trained: export those on the ma
 
 import dataclasses
 import shlex
+from pathlib import Path
 
 import config
 import data
 import train
 import unet
 from config import REQUIRED, Setting, UserError, name_ending, parse
-from support import checkpoint, devices, entries, files, script
+from support import checkpoint, devices, entries, files, run, script
+from support.datasets import DATASETS
 from support.held_out import held_out_loss
 from support.world import World
 
@@ -25,7 +27,7 @@ SETTINGS = {
     "output": Setting(REQUIRED, name_ending(".pth"), "file to write, which must not exist", flag="-o"),
     "command": Setting(None, config.file_name, "the command that trained them; None: as their settings say"),
     "dataset": Setting("auto", data.SETTINGS["dataset"].kind, "held-out images to measure on; auto: those of the run"),
-    "data_dir": Setting(None, config.file_name, "folder of these images; None: that of the run"),
+    "data_dir": Setting(None, config.file_name, "folder of these images; None: that of the run, or data"),
     "device": devices.SETTINGS["device"],
 }
 MOST = 0.0002  # of loss that float16 may cost
@@ -37,9 +39,10 @@ def command(saved):
     usual = {name: setting.default for name, setting in train.SETTINGS.items()} | {"preset": saved.get("preset")}
     usual |= train.PRESETS.get(saved.get("preset"), {})
     flags = [] if saved.get("preset", "default") == "default" else ["--preset", saved["preset"]]
+    foreign = {key for name, module in DATASETS.items() if name != saved["dataset"] for key in module.SETTINGS}
     for name, value in saved.items():
         value = config.as_tuple(value)
-        if name not in usual or name == "data_dir" or value == usual[name]:
+        if name not in usual or name in foreign | {"data_dir"} or value == usual[name]:
             continue
         flag = config.flag_of(name)
         if isinstance(value, bool):
@@ -68,18 +71,18 @@ def losses(state, path, cfg, images, device):
 def main():
     cfg = parse(__doc__, SETTINGS)
     files.refuse_existing(cfg.output)
+    script.make_folder(Path(cfg.output).parent)
     path = cfg.weights or checkpoint.newest(cfg.out_dir)
     state = checkpoint.load(path, needs=("log", "data"), settings=train.SETTINGS)
     if not state["log"]:
         raise UserError(f"{path} was saved inside the first epoch; export one of a finished epoch")
     saved, last = state["config"], state["log"][-1]
+    if not cfg.command and (missing := run.CHANGED.keys() - saved.keys()):
+        raise UserError(f"{path} does not say its {' and '.join(sorted(missing))}; give --command, what trained it")
     train_cfg = config.defaults(train.SETTINGS, **saved)
-    measured = dataclasses.replace(
-        train_cfg,
-        dataset=train_cfg.dataset if cfg.dataset == "auto" else cfg.dataset,
-        data_dir=cfg.data_dir or train_cfg.data_dir,
-        precision="float32",
-    )
+    dataset = train_cfg.dataset if cfg.dataset == "auto" else cfg.dataset
+    theirs = train_cfg.data_dir if dataset == train_cfg.dataset else data.SETTINGS["data_dir"].default
+    measured = dataclasses.replace(train_cfg, dataset=dataset, data_dir=cfg.data_dir or theirs, precision="float32")
     device = devices.pick(cfg.device)
     images, source = data.load("test", measured)
     full, half = losses(state, path, measured, images, device)
@@ -91,14 +94,15 @@ def main():
         epochs=last["epoch"] + 1,
         steps=last["step"],
         seconds=last["seconds"],
-        seed=saved["seed"],
+        seed=train_cfg.seed,
         held_out_loss=half,
         data=state["data"]["source"],
     ) | state.get("hardware", devices.describe(device))
     # The images are looked for anew wherever the file is used.
     saved = saved | {name: data.SETTINGS[name].default for name in WHERE_THE_IMAGES_ARE}
     parts = {"network": state["network"]} if "network" in state else {}
-    checkpoint.save(cfg.output, dict(model=halved(state["model"]), config=saved, provenance=provenance) | parts)
+    exported = dict(model=halved(state["model"]), config=saved, provenance=provenance) | parts
+    checkpoint.save(cfg.output, exported, replace=False)
     checkpoint.load_model(cfg.output, "cpu")
     for name, value in provenance.items():
         print(f"{name}: {value}")

@@ -24,8 +24,7 @@ from config import REQUIRED, Setting, UserError, name_ending, whole
 from support import checkpoint, files, noise_level, script
 from support.real_noise import through_jpeg
 
-SETTINGS = data.TEST_SETTINGS | {
-    "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
+SETTINGS = data.PICTURE_SETTINGS | {
     "copies": Setting(160, whole(), "versions of every training picture, each with other noise"),
     "epochs": Setting(40, whole(), "passes over them"),
     "output": Setting(REQUIRED, name_ending(".pth"), "file to write, which must not exist", flag="-o"),
@@ -120,7 +119,7 @@ def collect(split, copies, cfg):
     items = ((number, read().numpy(), seeds) for number, read in enumerate(pictures))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
         made = list(tqdm(pool.map(examples, items), f"{split} pictures", len(pictures), mininterval=2))
-    return [torch.from_numpy(np.concatenate(column)) for column in zip(*made)]
+    return [torch.from_numpy(np.concatenate(column)) for column in zip(*filter(None, made))]
 
 
 # ---- fit ---------------------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def main():
     torch.set_num_threads(1)  # the network is too small for more
     model = fit(*collect("train", cfg.copies, cfg), cfg.epochs)
     report(model, *collect("test", 10, cfg))
-    checkpoint.save(cfg.output, {"model": model.state_dict()})
+    checkpoint.save(cfg.output, {"model": model.state_dict()}, replace=False)
     print(f"saved: {cfg.output}")
 
 

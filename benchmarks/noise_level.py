@@ -14,7 +14,7 @@ from config import UserError
 from support import noise_level, script
 from support.real_noise import through_jpeg
 
-SETTINGS = data.TEST_SETTINGS | {"dataset": data.SETTINGS["dataset"]._replace(default="folder")}
+SETTINGS = data.PICTURE_SETTINGS
 LEVELS = (5, 10, 20, 40)  # on the 0-255 scale
 BLOCK = 16  # pixels, height and width of a flat place
 FLATTEST = 0.1  # of the picture's blocks that are not clipped: where the truth is measured

@@ -15,8 +15,7 @@ from benchmarks.noise_level import KINDS, OF_COLOURS, degrade
 from config import Setting, positive
 from support import devices, metrics, pixels, script
 
-SETTINGS = data.TEST_SETTINGS | devices.SETTINGS | {
-    "dataset": data.SETTINGS["dataset"]._replace(default="folder"),
+SETTINGS = data.PICTURE_SETTINGS | devices.SETTINGS | {
     "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.file_name, "checkpoints to compare", "+"),
     "sigma": Setting(20, positive, "level of the noise, 0-255 scale"),
     "grey": Setting(False, bool, "make the pictures grey first: one channel, and no noise that is about colours"),

@@ -118,7 +118,7 @@ def measure(recipe, cfg, limit, device):
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     device = devices.pick(cfg.device)
-    path = script.figure_path(cfg.out_dir, "speed.json")
+    path = script.result_path(cfg.out_dir, "speed.json")
     cfg = dataclasses.replace(cfg, dataset=data.resolve(reference.settings_of(cfg)).dataset)
     data.load("train", reference.settings_of(cfg))  # downloaded or made before the rounds
     limit = cfg.limit or (3200 if device.type == "cpu" else 50_000)

@@ -116,7 +116,7 @@ def contenders_of(path):
 def main():
     cfg = config.parse(__doc__, SETTINGS)
     contenders = contenders_of(cfg.contenders)
-    path = script.figure_path(cfg.out_dir, "time_to_loss.png")
+    path = script.result_path(cfg.out_dir, "time_to_loss.png")
     world = World(devices.pick(cfg.device))
     x_train, source = data.load("train", reference.settings_of(cfg, limit=None))
     x_test, test_source = data.load("test", reference.settings_of(cfg))
@@ -142,10 +142,10 @@ def main():
     print(f"\nreference: held-out loss {target:.4f} in {seconds:.0f} s")
     for name, ratio in ratios.items():
         print(f"{name}:", f"{seconds / ratio:.0f} s, {ratio:.1f} times as fast" if ratio else "not in that time")
-    draw(path, textbook, curves)
     result = dict(reference=textbook, contenders=curves, ratios=ratios, source=source)
     result = json.dumps(result | dict(machine=devices.describe(world.device)), indent=1)
     files.write_text(path.with_suffix(".json"), result)
+    draw(path, textbook, curves)
     print(", ".join(f"{name} {value}" for name, value in devices.describe(world.device).items()))
     print(f"saved: {path}, {path.with_suffix('.json')}")
 

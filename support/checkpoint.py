@@ -25,11 +25,10 @@ import unet
 from config import Setting
 from support import entries, files, memory
 from support.archive import CheckpointError, DamagedError, read
-from support.devices import memory_format, pick
+from support.devices import memory_format
 
 SHIPPED = Path(__file__).resolve().parent.parent / "model" / "unet32.pth"  # the trained weights that come with the code
 PHOTO = SHIPPED.with_name("photo.pth")  # those trained on photographs
-NOISE_LEVEL = SHIPPED.with_name("noise_level.pth")  # those of support/noise_level.py
 KNOWN = unet.SETTINGS | data.SETTINGS | data.NOISE_SETTINGS  # the settings by which a network is built, fed and used
 SETTINGS = {
     "weights": Setting(None, config.file_name, "checkpoint; None: the newest of --out-dir, else the weights provided"),
@@ -82,15 +81,16 @@ def choose(named, folder):
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def save(path, state):
+def save(path, state, replace=True):
     """Write a dict of tensors and plain values so that `path` is, at any moment, absent, the old file or the new one.
 
-    Tensors of a GPU are written as those of a CPU, so that any machine can read them. Raises OSError.
+    Tensors of a GPU are written as those of a CPU, so that any machine can read them. replace: whether to replace a
+    file that is there. Raises OSError.
     """
     state = map_tensors(lambda x: x.cpu(), state)
     buffer = io.BytesIO()  # so that a full disk is an OSError, not an error of PyTorch's own writer
     torch.save(state | {"checksum": checksum(state)}, buffer)
-    files.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    files.write_atomically(path, lambda file: file.write(buffer.getbuffer()), replace)
 
 
 def map_tensors(f, value):
@@ -188,16 +188,16 @@ def load_model(path, device):
     return model.to(device, memory_format=memory_format(device)).eval(), train_cfg
 
 
-def load_run(cfg):
+def load_run(cfg, device):
     """What --weights names: (path, model, train_cfg, cfg), see `load_model`.
 
     In the cfg returned, the data settings that were not typed are those the network was trained with, and the figures'
-    folder is that of the weights. Raises CheckpointError, and UserError if the device cannot be used.
+    folder is that of the weights. Raises CheckpointError.
     """
     if cfg.weights is None and "out_dir" in cfg.given and not os.path.isdir(cfg.out_dir):
         raise NoCheckpointError(f"there is no folder {cfg.out_dir}; name that of a run, or give --weights too")
     weights = choose(cfg.weights, cfg.out_dir)
-    model, train_cfg = load_model(weights, pick(cfg.device))
+    model, train_cfg = load_model(weights, device)
     values = {name: getattr(train_cfg, name) for name in data.TEST_SETTINGS.keys() - cfg.given - {"limit"}}
     if cfg.dataset not in ("auto", train_cfg.dataset):
         values.pop("data_dir", None)  # that of other images

@@ -1,6 +1,6 @@
 """Every figure: image grids with PSNR, loss curves, evaluation curves. PNG files, without a display.
 
-Matplotlib is imported when the first figure is made, not before: training without figures runs where it cannot.
+Matplotlib is imported when the first figure is made: training without figures runs where it cannot be imported.
 Images are (B, 3, H, W) in [-1, 1], clipped when drawn, unless said otherwise.
 """
 
@@ -70,7 +70,7 @@ def shown_levels(T):
 
 
 @torch.no_grad()
-def steps_strip(model, images, T, level, path, count=6):
+def steps_strip(model, images, T, level, path, count):
     """Save what 1, 2, 3 and min(level, MOST_STEPS) denoising steps make of `count` uint8 images, noisy at t = level."""
     x0, eps = sample(model, images, count)
     t = torch.full((len(x0),), level, device=x0.device)

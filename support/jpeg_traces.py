@@ -27,8 +27,8 @@ def grid(parts, axis):
     """Where the blocks begin along an axis, 1 or 2, of all parts of a picture: (0 to 7 pixels, trace).
 
     Cut there, most coefficients of high frequency in luma, transformed along this axis alone, are 0. trace: the share
-    that is, less the median of all starts. Where it may be chance, the start is 0. parts: arrays (C, H, W) on the
-    0-255 scale, C = 1 or 3, all a multiple of 8 pixels apart.
+    of these that are 0, less its median over all starts. Where it may be chance, the start is 0. parts: arrays
+    (C, H, W) on the 0-255 scale, C = 1 or 3, all a multiple of 8 pixels apart.
     """
     shares, count = np.zeros(BLOCK), 0
     for part in parts:
@@ -49,7 +49,7 @@ def quantization(blocks):
     logarithms of the STEPS of the others.
 
     In luma the smallest are what was rounded to. In chroma, whose blocks in most files are of 16x16 pixels, most of
-    these blocks lie across them, and coefficients are only the smaller, the more coarsely it was rounded. blocks:
+    these blocks lie across them, and all that shows is that coarser rounding leaves smaller coefficients. blocks:
     (N, 3, 16, 16) on the 0-255 scale, beginning where those of luma do.
     """
     luma = np.einsum("c,nchw->nhw", LUMA, blocks[..., :BLOCK, :BLOCK])

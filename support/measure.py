@@ -15,11 +15,10 @@ from tqdm import tqdm
 import data
 import diffusion
 from diffusion import GREY_LEVELS
-from support import devices, figures, metrics, sheets, streams, tiles
+from support import devices, figures, metrics, sheets, streams
 from support.held_out import in_parts
 from support.metrics import METRICS
 
-TILE = 608  # pixels, height and width of the largest part of a picture that a network is given; one of CBSD68 fits
 LITERATURE = (15, 25, 50)  # sigma on the 0-255 scale
 MOST_LEVELS = 17  # integer noise levels, besides those of the literature
 STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far as they are fewer than the last
@@ -106,23 +105,6 @@ def in_precision(model, precision, ensemble=1):
     return eps_hat
 
 
-def of_any_size(model, precision, ensemble=1):
-    """The same for images of any height and width, in tiles. model: an nn.Module."""
-    margin = tiles.margin_of(tiles.receptive_field(model))
-    in_tiles = tiles.tiled(in_precision(model, precision, ensemble), TILE, margin)
-
-    def eps_hat(x, t):
-        height, width = x.shape[-2:]
-        return in_tiles(tiles.pad(x), t)[..., :height, :width]
-
-    return eps_hat
-
-
-def told(estimate, sigma):
-    """The same denoiser, told `sigma` (0-255 scale) whatever the noise is."""
-    return lambda x_t, _: estimate(x_t, sigma / GREY_LEVELS)
-
-
 # ---- images of one size -----------------------------------------------------------------------------------------
 
 
@@ -195,16 +177,16 @@ def middles(pictures, size, count):
     return torch.stack(large) if large else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
-def run_whole(pictures, sigmas, denoisers, device):
+def run_whole(pictures, sigmas, denoisers):
     """Records of METRICS for whole pictures of any sizes, of which one at a time is in memory.
 
     pictures: functions read() -> uint8 (3, H, W). sigmas: 0-255 scale. denoisers: {method: (number of pictures to give
-    it, estimate)}. As in the literature the noise is not rounded, nor x_t clipped.
+    it, estimate)}, whose x_t is on the CPU. As in the literature the noise is not rounded, nor x_t clipped.
     """
     parts = {key: [] for key in itertools.product(denoisers, sigmas)}
     for i, read in enumerate(tqdm(pictures, "whole pictures", delay=2, leave=False)):
-        x0 = data.scale(read()[None].to(device))
-        eps = torch.randn(x0.shape, generator=streams.generator("cpu", 0, streams.HELD_OUT_NOISE, i)).to(device)
+        x0 = data.scale(read()[None])
+        eps = torch.randn(x0.shape, generator=streams.generator("cpu", 0, streams.HELD_OUT_NOISE, i))
         for method, sigma in parts:
             count, estimate = denoisers[method]
             if i < count:

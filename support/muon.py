@@ -10,8 +10,6 @@ import collections
 
 import torch
 
-from support import devices
-
 MOMENTUM = 0.95
 SCALE = 2.0  # root mean square of a matrix's step over that of a typical AdamW step
 # Odd polynomials a x + b x^3 + c x^5, applied one after the other to the singular values: the first three of Polar
@@ -28,9 +26,14 @@ class Muon(torch.optim.AdamW):
     """AdamW in which parameters of two and more dimensions take orthogonalized steps.
 
     A kernel is a matrix (out, in * k * k), that of a transposed convolution (in, out * k * k). Nesterov momentum of
-    MOMENTUM. A step's root mean square is 0.2 * SCALE * lr, that of a typical AdamW step being 0.2 * lr (Liu et al.
-    2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds.
+    MOMENTUM. A step's root mean square is about 0.2 * SCALE * lr, that of a typical AdamW step being 0.2 * lr (Liu et
+    al. 2025, arXiv 2502.16982), so that one learning rate and weight decay serve both kinds. precision: "float32" or
+    "bfloat16", in which matrices are orthogonalized.
     """
+
+    def __init__(self, *args, precision="float32", **options):
+        super().__init__(*args, **options)
+        self.dtype = getattr(torch, precision)
 
     @torch.no_grad()
     def step(self):
@@ -43,7 +46,7 @@ class Muon(torch.optim.AdamW):
     def orthogonal_step(self, matrices, lr, weight_decay):
         gradients, momenta = [p.grad for p in matrices], [self.momentum(p) for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        steps = unit_steps(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+        steps = unit_steps(torch._foreach_lerp(gradients, momenta, MOMENTUM), self.dtype)
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         torch._foreach_add_(matrices, steps, alpha=-lr)
         for p in matrices:
@@ -55,8 +58,11 @@ class Muon(torch.optim.AdamW):
         return self.state[p]["momentum"]
 
 
-def unit_steps(gradients):
-    """Orthogonalized steps at a learning rate of 1, shaped like `gradients`, which have Nesterov momentum."""
+def unit_steps(gradients, dtype):
+    """Orthogonalized steps at a learning rate of 1, shaped like `gradients`, which have Nesterov momentum.
+
+    dtype: of the computation.
+    """
     same_shape = collections.defaultdict(list)
     steps = [torch.empty_like(gradient) for gradient in gradients]
     for gradient, step in zip(gradients, steps):
@@ -65,19 +71,17 @@ def unit_steps(gradients):
     for shape, pairs in same_shape.items():
         matrices, places = zip(*pairs)
         rms = 0.2 * SCALE * max(shape) ** 0.5  # times that of an orthogonal matrix, 1 / sqrt(longer side)
-        for step, direction in zip(places, orthogonalize(torch.stack(matrices))):
+        for step, direction in zip(places, orthogonalize(torch.stack(matrices).to(dtype))):
             step.copy_(direction.view_as(step)).mul_(rms)
     return steps
 
 
-def orthogonalize(m):
-    """The orthogonal factors U V^T of matrices m = U S V^T, roughly: (B, rows, columns) -> the same.
+def orthogonalize(x):
+    """The orthogonal factors U V^T of matrices x = U S V^T, roughly: (B, rows, columns) -> the same, in their dtype.
 
-    Singular values that are above a hundredth of the norm of m become 0.1 to 1.9. Computed and returned in bfloat16
-    where the hardware is fast at it, else in float32.
+    Singular values that are above a hundredth of the norm of x become 0.1 to 1.9.
     """
-    x = m.to(getattr(torch, devices.pick_precision("auto", m.device)))
-    tall = m.shape[-2] > m.shape[-1]
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the polynomials grow fast above 1

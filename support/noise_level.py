@@ -23,7 +23,7 @@ from diffusion import GREY_LEVELS
 from support import checkpoint, jpeg_traces
 from support.tiles import MULTIPLE
 
-WEIGHTS = checkpoint.NOISE_LEVEL
+WEIGHTS = checkpoint.SHIPPED.with_name("noise_level.pth")
 WINDOW, WINDOWS = 64, 8  # of a large picture, WINDOWS x WINDOWS evenly spread windows are looked at
 BLOCK = 16  # pixels, height and width
 FEW = 100  # blocks: in a picture with fewer the likelihood decides

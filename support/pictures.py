@@ -70,7 +70,7 @@ def image_files(root):
     if foreign and not found:
         raise DataError(f"{root} has no pictures that can be read: {must_convert(root / min(foreign))}")
     if foreign:
-        say_once(root, f"{len(foreign)} pictures are left out; {must_convert(min(foreign))}", "WARNING")
+        say_once(root, f"pictures left out: {len(foreign)}; {must_convert(min(foreign))}", "WARNING")
     return sorted(found)
 
 
@@ -181,7 +181,7 @@ def drop_unusable_info(image, path):
 
 
 def scale_transparent_colour(image):
-    """Bring the transparent colour of a PNG file, which Pillow leaves in the file's depth, to 8 bits as the pixels."""
+    """Bring the transparent colour of a PNG file, which Pillow leaves in the file's depth, to the pixels' 8 bits."""
     colour = image.info.get("transparency")
     rawmode = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if rawmode in ("L;2", "L;4") and isinstance(colour, int):
@@ -231,6 +231,8 @@ def standard(image, path):
     if image.mode == "F":
         raise DataError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
+        if image.info.pop("transparency", None) is not None:
+            note(image, path, "the transparent grey of a picture of 16 bits is read as opaque")
         result = Image.fromarray(full_range(image, tags, path))
     elif SIGNED in tags.get(Tag.SampleFormat, ()):
         raise DataError(f"{path} has signed pixels of 8 bits, whose range is unknown; save it with unsigned ones")

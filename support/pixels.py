@@ -1,4 +1,4 @@
-"""Images of every type as pixels (C, H, W), and pixels as x in [-1, 1]; both ways, with nothing lost on the way.
+"""Images of every type as pixels (C, H, W), and pixels as x in [-1, 1]; both ways, exactly for integers.
 
 pixels, pack = unpack(image)        # a Pillow image, a NumPy array or a tensor
 same = pack(pixels)                 # of the type, the shape and the scale of the image

@@ -170,9 +170,7 @@ class Run:
             self.loss_sum = sums[world.rank].clone()
         else:
             self.loss_sum = sums.mean()
-            world.say(
-                f"{world.size} processes go on where {len(sums)} stood: the same images and noise, but not bit for bit"
-            )
+            world.say(f"processes: {world.size}, no longer {len(sums)}: the same images and noise, but not bit for bit")
         if cfg.precision == "bfloat16" and devices.pick_precision("auto", world.device) == "float32":
             world.warn("the run goes on in bfloat16, in which it began, although this device is slow at it")
         if cfg.epochs != (before := saved["config"].get("epochs", cfg.epochs)):

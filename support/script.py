@@ -83,7 +83,7 @@ def explain(error):
     raise error
 
 
-def figure_path(out_dir, name):
+def result_path(out_dir, name):
     """out_dir/res/name, its folder made. Raises UserError or OSError before the work, not after it."""
     folder = Path(out_dir) / "res"
     make_folder(folder)

@@ -47,7 +47,10 @@ def test_a_few_images_at_a_time_count_as_all_together(batch, at_once):
     model = network()
     parts = zip(*(tensor.split(at_once) for tensor in batch))
     assert channels.in_use(model, parts) == channels.in_use(model, [batch])
-    seen = []
+
+
+def test_large_images_are_counted_a_few_at_a_time():
+    model, seen = network(), []
     x0 = torch.zeros(90, 3, 128, 128, dtype=torch.uint8)
     model.forward = lambda x, t: seen.append(len(x))
     held_out.channels_in_use(config.defaults(train.SETTINGS), model, x0)

@@ -364,7 +364,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, capsys):
     images, source = data.load("train", settings(data_dir=tmp_path / "pictures", skip_bad_images=True))
     assert source == f"{len(images)} train images of {len(images)} pictures in {tmp_path / 'pictures'}"
     said = capsys.readouterr().err
-    assert "WARNING: left out" in said and "1 pictures are left out; HEIC files such as photo.heic are not read" in said
+    assert "WARNING: left out" in said and "pictures left out: 1; HEIC files such as photo.heic are not read" in said
 
 
 def test_a_picture_that_was_left_out_is_used_when_it_can_be_read(tmp_path, capsys, monkeypatch):

@@ -665,7 +665,7 @@ REFUSED = {
     "wide.png -o x.tga": "x.tga cannot be written",
     "wide.png -o x.jpg": "x.jpg cannot be written",
     "wide.png -o x.webp": "x.webp cannot be written",
-    "a.png -o a.png/x.png": "a.png",
+    "a.png -o a.png/x.png": "File exists: .a.png.",
     f"a.png -o {'x' * 252}.png": "x.png has a name of more than 255 bytes",
     f"a.png -o {'ü' * 123}.png --compare": "ü_compare.png has a name of more than 255 bytes",
     "a.png -o x.png --weights none.pth": "none.pth does not exist",

@@ -433,8 +433,8 @@ def test_one_report_that_cannot_be_written_does_not_cost_the_other(untrained, ru
     "args, message",
     [
         ("--control nowhere.pth", "nowhere.pth does not exist"),
-        ("--markdown model/unet32_e0.pth/e.md", "model/unet32_e0.pth"),
-        ("--weights model/unet32_e0.pth --out-dir model/unet32_e0.pth", "model/unet32_e0.pth"),
+        ("--markdown model/unet32_e0.pth/e.md", "File exists: 'model/unet32_e0.pth'"),
+        ("--weights model/unet32_e0.pth --out-dir model/unet32_e0.pth", "Not a directory: 'model/unet32_e0.pth/res'"),
         ("--json model", "must be a file name ending in .json"),
         ("--markdown model/unet32_e0.pth", "must be a file name ending in .md"),
         ("--dataset leaves --whole", "--dataset folder"),
@@ -468,8 +468,8 @@ def photographs(tmp_path):
 def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photographs, tmp_path, monkeypatch):
     untrained()
     args = ("--dataset", "folder", "--data-dir", photographs, "--weights", "model/unet32_e0.pth")
-    quick = {"BM3D": [functools.partial(classical.blur, width=1.0)]}  # in its place, which takes long
-    monkeypatch.setattr(classical, "methods", lambda: quick)
+    quick = functools.partial(classical.blur, width=1.0)  # in BM3D's place, which takes long
+    monkeypatch.setattr(evaluate, "bm3d", lambda sizes: quick)
     code, out, err = run_script(*args, "--baselines", 1, "--json", "e.json", "--control", "model/unet32_e0.pth")
     assert code == 0, err
     assert f"data: 2 whole test pictures in {photographs}" in out
@@ -501,7 +501,7 @@ def test_a_folder_of_photographs_is_measured_whole(untrained, run_script, photog
     assert clean["1"]["median PSNR"] == pytest.approx(np.median(found[1]), abs=1e-2)
     assert clean["1"]["lowest PSNR"] == pytest.approx(min(found[1]), abs=1e-2)
     assert clean["1"]["pictures below 45 dB"] == sum(psnr < 45 for psnr in found[1])
-    assert "estimated, as by denoise.py" in clean
+    assert "estimated" in clean
     assert [row["pictures"] for row in psnr["rows"]] == [2, 2, 2, 1, 1]
     assert rows["network, on the same"]["sigma 25"]["mean"] == pytest.approx(found["network"][0], abs=1e-3)
     assert len(channels["rows"]) == 5
@@ -532,19 +532,6 @@ def test_an_ensemble_is_measured_where_one_is_asked_for(untrained, run_script, p
     assert report["tables"][0]["rows"][1]["sigma 50"]["mean"] == pytest.approx(np.mean(found), abs=1e-3)
 
 
-def test_whole_pictures_in_tiles_are_as_without(monkeypatch):
-    torch.manual_seed(0)
-    model = unet.UNet(widths=(4, 4, 4), t_dim=4).eval()
-    x, t = torch.randn(1, 3, 150, 131), torch.tensor([3.0])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 2
-        whole = measure.of_any_size(model, "float32")(x, t)
-        monkeypatch.setattr(measure, "TILE", 96)
-        tiled = measure.of_any_size(model, "float32")(x, t)
-    torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4 * whole.std().item())
-
-
 def test_a_training_run_may_delete_the_weights_meanwhile(untrained, run_script, photographs, tmp_path, monkeypatch):
     untrained()
     measured = measure.run_whole
@@ -570,10 +557,24 @@ def test_where_only_a_tenth_of_a_folder_is_measured_it_is_said(untrained, run_sc
 def test_pictures_too_small_for_bm3d_are_refused_before_the_work(untrained, run_script, photographs, monkeypatch):
     untrained("unet")
     Image.new("RGB", (300, 5)).save(photographs / "test" / "0.png")
-    monkeypatch.setattr(classical, "methods", lambda: {"BM3D": [None]})
     args = ("--dataset", "folder", "--data-dir", photographs, "--whole", "--baselines", 2)
-    code, _, err = run_script(*args)
-    assert code == 1 and "BM3D needs 8x8 pixels; leave smaller pictures or --baselines out" in err
+    for installed, message in (
+        (True, "BM3D needs 8x8 pixels; leave smaller pictures or --baselines out"),
+        (False, "--baselines needs BM3D for whole pictures; pip install -r requirements-bench.txt"),
+    ):
+        monkeypatch.setattr(classical, "installed", lambda *_, installed=installed: installed)
+        code, _, err = run_script(*args)
+        assert code == 1 and err.endswith(f"error: {message}\n")
+
+
+def test_pictures_too_large_for_a_network_without_tiles_are_refused_before_the_work(
+    untrained, run_script, photographs, monkeypatch
+):
+    untrained("plain")
+    monkeypatch.setattr(denoise, "WHOLE", 50 * 37)  # the second has more
+    monkeypatch.setattr(measure, "run_whole", None)
+    code, _, err = run_script("--dataset", "folder", "--data-dir", photographs, "--whole")
+    assert code == 1 and "must see a picture as a whole, of at most 1,850 pixels; use other weights" in err
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--subset"])
@@ -604,6 +605,12 @@ def test_crops_of_photographs_are_measured_if_asked(untrained, run_script, photo
     assert "whole" not in out.split("Summary")[1] and "held-out loss of the network" in out
 
 
+def test_pictures_that_come_out_as_they_went_in_have_an_infinite_median():
+    record = Record("estimated", 0, {"psnr": torch.tensor([math.inf, 44.0, math.inf])})
+    (row,) = tables.clean([record])["rows"]
+    assert row == ["estimated", math.inf, 44, 1]
+
+
 def test_published_rows_stand_beside_cbsd68_alone():
     records = [
         Record(method, sigma, {key: torch.full((68,), 30.0) for key in metrics.METRICS})
@@ -629,5 +636,6 @@ def test_cbsd68_is_told_by_number_and_size(count, size, published, monkeypatch):
     monkeypatch.setattr(measure, "run_whole", lambda *args: [record])
     monkeypatch.setattr(tables, "pictures", lambda records, key, published: seen.append(published))
     cfg = config.defaults(evaluate.SETTINGS, baselines=0)
-    evaluate.evaluate_pictures(cfg, {"network": (None, 10)}, False, pictures, "cpu", weights=None)
+    network = denoise.Network(None, None, "any.pth", torch.device("cpu"), "float32", margin=24)
+    evaluate.evaluate_pictures(cfg, {"network": network}, pictures)
     assert seen == [published] * len(metrics.METRICS)

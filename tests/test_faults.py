@@ -235,7 +235,7 @@ def test_a_run_of_two_processes_goes_on_in_one_with_the_mean_of_their_losses(run
     sums = state["loss_sums"].item() * torch.tensor([0.5, 1.5])
     checkpoint.save("model/unet32_e0_s2.pth", dict(state, loss_sums=sums))
     run("--resume", "auto", "--device", "cpu")
-    assert "1 processes go on where 2 stood" in capsys.readouterr().out
+    assert "processes: 1, no longer 2" in capsys.readouterr().out
     one, two = (checkpoint.load(f"{folder}/unet32_e0.pth")["log"][0]["train_loss"] for folder in ("straight", "model"))
     assert two == pytest.approx(one, rel=1e-5)
 
@@ -361,7 +361,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(start, run, tmp_path,
     capsys.readouterr()
     _, state = checkpoint.load_newest("model")
     run("--resume", "auto", "--epochs", len(state["log"]) + 1, "--device", "cpu")
-    assert "1 processes go on where 2 stood" in capsys.readouterr().out
+    assert "processes: 1, no longer 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,7 @@ def test_examples_are_pictures_with_noise(picture, seed):
 
 
 def test_missing_weights_are_named(monkeypatch, tmp_path, picture):
+    state = checkpoint.read(noise_level.WEIGHTS)
     monkeypatch.setattr(noise_level, "WEIGHTS", tmp_path / "noise_level.pth")
     monkeypatch.setattr(noise_level, "regression", noise_level.regression.__wrapped__)
     message = r"noise_level\.pth is missing, damaged or of another version; restore it"
@@ -237,7 +238,6 @@ def test_missing_weights_are_named(monkeypatch, tmp_path, picture):
     noise_level.WEIGHTS.write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match=message):
         noise_level.estimate(picture)
-    state = checkpoint.read(checkpoint.NOISE_LEVEL)
     checkpoint.save(noise_level.WEIGHTS, {"model": {}})
     with pytest.raises(CheckpointError, match=message):
         noise_level.estimate(picture)

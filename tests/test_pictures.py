@@ -7,7 +7,6 @@ import struct
 import zlib
 
 import numpy as np
-import PIL
 import pytest
 from PIL import Image
 
@@ -141,12 +140,12 @@ KINDS = {
     **{f"a transparent grey of {bits} bits": (".png", png(u8(packed), 0, (b"tRNS", struct.pack(">H", 1)), bits=bits,
                                               width=2), [0, 255], "")  # pixels 0 and 1
        for bits, packed in ((1, [0b01000000]), (2, [0b00010000]), (4, [0b00000001]))},
+    "a transparent grey of 16 bits": (".png", png(GREY, 0, (b"tRNS", struct.pack(">H", 0))), GREY_8,
+                                      "transparent grey of a picture of 16 bits is read as opaque"),
     "bitmap as text": (".pgm", b"P1\n4 1\n1 0 0 1\n", [0, 255, 255, 0], ""),
     "bitmap": (".pgm", b"P4\n4 1\n" + bytes([0b10010000]), [0, 255, 255, 0], ""),
     "straight alpha": (".tif", tiff(u8([200, 100, 0, 128]), 2, extra=[2]), [[227, 177, 127]], ""),
     "premultiplied alpha": (".tif", tiff(u8([100, 50, 0, 128]), 2, extra=[1]), [[227, 177, 127]], ""),
-    **({"grey, premultiplied alpha": (".tif", tiff(u8([100, 128]), 1, extra=[1]), [227], "")}
-       if int(PIL.__version__.split(".")[0]) >= 13 else {}),  # Pillow 12, which Gradio asks for, cannot read it
     "palette": (".png", saved(Image.fromarray(COLOURS.astype(np.uint8)[None]).quantize(8), ".png"), COLOURS, ""),
     "CMYK": (".tif", saved(CMYK, ".tif"), INKS, "CMYK without a usable colour profile"),
     "CMYK with a profile": (".tif", saved(CMYK, ".tif", icc_profile=cmyk_profile()), [119, 255, 0, 255], ""),
@@ -182,6 +181,12 @@ def test_every_kind_of_picture(kind, tmp_path, capsys):
         np.testing.assert_allclose(pixels[0].astype(int), expected, atol=14 if kind == "Lab" else 1)
     printed = capsys.readouterr().err
     assert said in printed if said else not printed
+
+
+def test_grey_with_premultiplied_alpha():
+    """Of a mode that Pillow reads from TIFF files since version 13."""
+    image = pictures.standard(Image.frombytes("La", (1, 1), bytes([100, 128])), "a.tif")
+    assert image.mode == "LA" and image.getpixel((0, 0)) == (199, 128)
 
 
 def test_colours_of_16_bits_in_separate_planes_are_refused(tmp_path):
@@ -261,7 +266,7 @@ def test_pictures_of_phones_and_raw_ones_are_refused_with_what_converts_them(tmp
     Image.new("RGB", (32, 32)).save(tmp_path / "d.png")
     pictures.said.clear()
     assert image_files(tmp_path) == ["d.png"]
-    assert "3 pictures are left out; HEIC files such as a.HEIC are not read" in capsys.readouterr().err
+    assert "pictures left out: 3; HEIC files such as a.HEIC are not read" in capsys.readouterr().err
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

@@ -269,10 +269,10 @@ def test_other_images_are_not_looked_for_where_those_of_the_training_were(monkey
     for dataset, expected in (("auto", "pictures"), ("folder", "pictures"), ("cifar10", "data")):
         typed = {"device", "dataset"} - ({"dataset"} if dataset == "auto" else set())
         cfg = config.defaults(visualize.SETTINGS, dataset=dataset, device="cpu")
-        cfg = checkpoint.load_run(dataclasses.replace(cfg, given=frozenset(typed)))[-1]
+        cfg = checkpoint.load_run(dataclasses.replace(cfg, given=frozenset(typed)), "cpu")[-1]
         assert (cfg.dataset, cfg.data_dir) == ("folder" if dataset == "auto" else dataset, expected)
     typed = dataclasses.replace(cfg, data_dir="mine", given=frozenset({"device", "dataset", "data_dir"}))
-    assert checkpoint.load_run(typed)[-1].data_dir == "mine"
+    assert checkpoint.load_run(typed, "cpu")[-1].data_dir == "mine"
 
 
 def test_figures_lie_with_their_weights_and_the_limit_of_the_training_is_not_theirs(monkeypatch):
@@ -280,7 +280,7 @@ def test_figures_lie_with_their_weights_and_the_limit_of_the_training_is_not_the
     monkeypatch.setattr(checkpoint, "load_model", lambda *_: (None, train_cfg))
     for given, expected in (((), "mine"), (("out_dir",), "figures")):
         cfg = config.defaults(visualize.SETTINGS, weights="mine/unet32_e0.pth", out_dir="figures", device="cpu")
-        cfg = checkpoint.load_run(dataclasses.replace(cfg, given=frozenset(given)))[-1]
+        cfg = checkpoint.load_run(dataclasses.replace(cfg, given=frozenset(given)), "cpu")[-1]
         assert (cfg.out_dir, cfg.dataset, cfg.limit) == (expected, "leaves", None)
 
 

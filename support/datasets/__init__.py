@@ -6,7 +6,6 @@ A data set is a module with
     load(split, cfg)   (images, source) of split "train" or "test": a uint8 tensor (N, 3, S, S), and a few words that
                        follow "of" ("CIFAR-10 in data"); or, for crops drawn anew every epoch, a list of whole pictures
                        (3, H, W). Raises support.pictures.DataError
-    files(split, cfg)  optional: the whole pictures of a split, as [(relative name, path)]
 """
 
 import functools
