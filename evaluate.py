@@ -36,7 +36,7 @@ SETTINGS = data.TEST_SETTINGS | checkpoint.SETTINGS | devices.SETTINGS | {
     "subset":    Setting(100, whole(), "images for what takes many passes: several steps and the blind estimate"),
     "steps":     Setting(None, whole(1, 1000), "most steps to try; None: one for each unit of t, and at most 50"),
     "ensemble":  denoise.SETTINGS["ensemble"],
-    "baselines": Setting(None, whole(0), "images that classical denoisers get; None: 100; of whole pictures: BM3D, 0"),
+    "baselines": Setting(None, whole(0), "images for classical denoisers (whole: BM3D alone); None: 100, whole: 0"),
     "json":      Setting(None, name_ending(".json"), "file to write the tables to as JSON"),
     "markdown":  Setting(None, name_ending(".md"), "file to write the tables to as Markdown"),
     "overwrite": Setting(False, bool, "replace these two files if they exist"),
@@ -86,11 +86,11 @@ def evaluate_pictures(cfg, networks, pictures):
     for net, size in itertools.product(networks.values(), sizes):
         denoise.check_size(net, *size)
 
-    def denoiser(network, told):
+    def denoiser(net, told):
         """told(sigma): the level that the network is told, 0-255 scale; None: estimated."""
 
         def estimate(x_t, sigma):
-            return denoise.denoise_pixels(network, x_t[0], told(sigma), ensemble=cfg.ensemble).clean[None]
+            return denoise.denoise_pixels(net, x_t[0], told(sigma), ensemble=cfg.ensemble).clean[None]
 
         return every, estimate
 
