@@ -35,9 +35,9 @@ PRESETS = {
     "reference": dict(optimizer="adamw", epochs=20, batch_size=8, lr=2e-4, beta2=0.999, recycle=0, warmup_steps=0,
                       schedule="cosine", flip=False, precision="float32"),
     # Photographs at full resolution, for denoise.py.
-    "photographs": dict(dataset="folder", crop_size=96, fresh_crops=True, crops_per_image=10, augment=True,
+    "photographs": dict(dataset="folder", crop_size=96, fresh_crops=True, crops_per_image=48, augment=True,
                         noise="mixed", sigma_range=(1.0, 75.0), sigma_power=0.75, init="model/unet32.pth",
-                        batch_size=4, epochs=10, lr=3e-4, beta2=0.99, recycle=1),
+                        batch_size=8, epochs=16, beta2=0.99, recycle=2),
 }  # fmt: skip
 
 SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE_SETTINGS | {

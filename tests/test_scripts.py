@@ -123,13 +123,23 @@ def test_the_recipes_are_those_of_the_documents():
         "default": dict(optimizer="muon", lr=4e-4, batch_size=32, epochs=10, recycle=3, noise_steps=10, noise="white"),
         "reference": dict(optimizer="adamw", lr=2e-4, batch_size=8, epochs=20, schedule="cosine", flip=False),
         "photographs": dict(
-            **dict(dataset="folder", fresh_crops=True, crop_size=96, batch_size=4, augment=True, noise="mixed"),
+            **dict(dataset="folder", fresh_crops=True, crop_size=96, batch_size=8, augment=True, noise="mixed"),
             **dict(noise_shares=(0.25, 0.1), sigma_range=(1, 75), sigma_power=0.75, init="model/unet32.pth"),
+            **dict(crops_per_image=48, epochs=16, lr=4e-4),
         ),
     }
     for name, values in expected.items():
         cfg = config.parse("", train.SETTINGS, train.PRESETS, ["--preset", name])
         assert {key: getattr(cfg, key) for key in values} == values
+
+
+def test_the_weights_for_photographs_were_trained_with_their_preset():
+    saved = checkpoint.load(checkpoint.PHOTO)["config"]
+    cfg = config.parse("", train.SETTINGS, train.PRESETS, ["--preset", "photographs"])
+    without_images = train.SETTINGS.keys() & saved.keys() - {"dataset"}  # the file does not name a folder
+    free = {"precision", "save_every_steps"}  # no part of the recipe
+    differ = {key for key in without_images - free if config.as_tuple(saved[key]) != getattr(cfg, key)}
+    assert not differ
 
 
 def test_the_word_none_undoes_what_a_preset_has_set():
