@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, and a file from anywhere is used rightly or refused with one line."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -639,6 +640,28 @@ def test_an_exported_file_says_on_what_it_was_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*words[:4], str(tmp_path / "other.pth"), *words[5:]])
     with pytest.raises(config.UserError, match="does not say its recycle; give --command"):
         export.main()
+
+
+@pytest.mark.parametrize(
+    "progress, most, message",
+    [
+        (dict(epoch=2, step=3), 1, "was saved inside an epoch"),
+        (dict(epoch=1, step=2), 0, "float16 costs too much"),
+        (dict(epoch=1, step=2), 1, None),
+    ],
+)
+def test_what_is_not_exported(progress, most, message, tmp_path, monkeypatch):
+    Image.new("RGB", (32, 32), (200, 100, 0)).save(tmp_path / "a.png")
+    Image.new("RGB", (32, 32), (200, 100, 0)).save(tmp_path / "b.png")
+    state, target = state_of(*trained()), tmp_path / "new.pth"
+    write(tmp_path / "a.pth", state | progress)
+    monkeypatch.setattr(export, "MOST", most)
+    files = ("--weights", tmp_path / "a.pth", "-o", target, "--command", "unknown")
+    words = ("export.py", *files, "--dataset", "folder", "--data-dir", tmp_path, "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with contextlib.nullcontext() if message is None else pytest.raises(config.UserError, match=message):
+        export.main()
+    assert target.exists() == (message is None)
 
 
 # ---- the optimizer -----------------------------------------------------------------------------------------------

@@ -323,6 +323,9 @@ def test_copies_of_a_smaller_scale_are_more_pictures(tmp_path):
     for i, pixels in enumerate(made.values()):
         half = np.array(Image.fromarray(pixels).resize((50, 40), Image.Resampling.BICUBIC))
         assert all(find(crop, pixels) for crop in crops[i, 0]) and all(find(crop, half) for crop in crops[i, 1])
+    # As many crops of other scales: those that were stored are not taken for them.
+    other = load("train", "folder", tmp_path, scales=(0.5, 0.4, 0.3), crops_per_image=6)
+    assert len(other) == crops[..., 0, 0, 0].numel() and find(other[-12], half)
     assert len(load("train", "folder", tmp_path, fresh_crops=True, **cfg)) == 24
     with pytest.raises(DataError, match=r"100x80 pixels, smaller than 32x32 at scale 0.3"):
         load("train", "folder", tmp_path, scales=(0.3,))
@@ -472,6 +475,12 @@ def test_a_folder_is_decoded_once_until_a_file_changes(pictures, tmp_path, monke
     Image.new("RGB", (32, 32), "red").save(root / "train" / "0.png")
     second = load("train", "folder", root)
     assert second[0].float().mean((1, 2)).tolist() == [255, 0, 0] and torch.equal(second[1:], first[1:])
+    path = root / "train" / "z.bmp"  # of the same size whatever its colour is
+    for colour, time in (("black", 1), ("blue", 2)):
+        Image.new("RGB", (32, 32), colour).save(path)
+        os.utime(path, (time, time))
+        third = load("train", "folder", root)
+        assert torch.equal(third[:-1], second) and third[-1, 2].float().mean() == 255 * (colour == "blue")
     assert len(list(root.glob(".images-train-*.bin"))) == 1  # the outdated one is gone
     assert all(path.exists() for path in theirs)
 

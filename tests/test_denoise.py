@@ -506,6 +506,7 @@ def write(name, array, **options):
 
 def test_what_is_written_is_what_the_network_makes_of_it(run, weights):
     model = denoise.load(weights["unet"])
+    assert model.margin == 24 and denoise.load(weights["plain"]).margin == math.inf
     for name, array in {"colour": noise(40, 33, 3), "deep": noise(40, 33, dtype=np.uint16)}.items():
         write(f"{name}.png", array)
         found = [array.astype(float)]
@@ -804,6 +805,8 @@ def test_profile_and_exif_are_kept_or_their_loss_is_said(ending, run, capsys):
     said, written = capsys.readouterr().err, Image.open(f"b{ending}")
     for name, kept in (("colour profile", "icc_profile" in written.info), ("EXIF data", bool(written.getexif()))):
         assert kept != (f"its {name} cannot be stored there" in said), name
+    holds_both = {".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+    assert ("icc_profile" in written.info) == bool(written.getexif()) == (ending in holds_both)
 
 
 def test_exif_of_every_source_reaches_every_target(run, capsys):

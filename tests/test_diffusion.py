@@ -180,6 +180,24 @@ def test_a_noise_schedule_is_two_functions(noisy, monkeypatch):
     assert diffusion.estimate_sigma(optimal, x_t, T, 12).item() == pytest.approx(0.49, rel=0.05)
 
 
+def test_the_level_where_neighbouring_pixels_are_alike():
+    """For a stationary Gaussian of power spectrum P the best eps_hat is F^-1(sigma F(x) / (P + sigma^2))."""
+    frequency = torch.fft.fftfreq(128, dtype=torch.float64)
+    power = 0.002 / (0.002 + frequency[:, None] ** 2 + frequency**2)
+    random = torch.Generator().manual_seed(0)
+    white, eps = (torch.randn(1, 3, 128, 128, generator=random, dtype=torch.float64) for _ in range(2))
+
+    def filtered(x, gain):
+        return torch.fft.ifft2(torch.fft.fft2(x) * gain).real
+
+    def optimal(x, t):
+        sigma = (t.double() / T).view(-1, 1, 1, 1)
+        return filtered(x, sigma / (power + sigma**2))
+
+    x_t = filtered(white, power.sqrt()) + 0.5 * eps
+    assert diffusion.estimate_sigma(optimal, x_t, T, 12).item() == pytest.approx(0.5, rel=0.03)
+
+
 def test_each_image_of_a_batch_has_its_own_level():
     random = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(3, 3, 64, 64, generator=random) for _ in range(2))

@@ -532,6 +532,35 @@ def test_an_ensemble_is_measured_where_one_is_asked_for(untrained, run_script, p
     assert report["tables"][0]["rows"][1]["sigma 50"]["mean"] == pytest.approx(np.mean(found), abs=1e-3)
 
 
+def test_the_network_is_measured_with_the_ensemble_and_the_precision_of_the_flags(
+    untrained, run_script, pictures, tmp_path, monkeypatch
+):
+    untrained()
+    assert run_script(*SMALL, "--ensemble", 2, "--json", "e.json")[0] == 0
+    tables = json.loads((tmp_path / "e.json").read_text())["tables"]
+    (loss,) = (row["loss"]["mean"] for table in tables for row in table["rows"] if row.get("t") == 3 and "loss" in row)
+    model, _ = checkpoint.load_model("model/unet32_e0.pth", "cpu")
+    cfg = config.defaults(train.SETTINGS, dataset="folder", data_dir=str(pictures), limit=1)
+    x0 = data.scale(data.load("test", cfg)[0])
+    eps, t = data.held_out_noise(x0, 0), torch.tensor([3])
+    x_t = x0 + 0.3 * eps
+    with torch.no_grad():
+        eps_hat = (model(x_t, t) + model(x_t.flip(3), t).flip(3)) / 2
+    assert loss == pytest.approx((eps_hat - eps).square().mean().item(), rel=1e-4)
+    assert loss != pytest.approx((model(x_t, t) - eps).square().mean().item(), rel=1e-4)
+
+    forward, seen = unet.UNet.forward, []
+
+    def seen_forward(self, x, t):
+        seen.append(forward(self, x, t))
+        return seen[-1]
+
+    monkeypatch.setattr(unet.UNet, "forward", seen_forward)
+    assert run_script(*SMALL, "--precision", "bfloat16")[0] == 0
+    in_float32 = [eps_hat for eps_hat in seen if eps_hat.dtype == torch.float32]
+    assert len(in_float32) == 1 < len(seen)  # the channels in use are counted in float32
+
+
 def test_a_training_run_may_delete_the_weights_meanwhile(untrained, run_script, photographs, tmp_path, monkeypatch):
     untrained()
     measured = measure.run_whole

@@ -202,7 +202,7 @@ def test_kill_9_loses_at_most_the_work_since_the_last_save(start, tmp_path):
     moments = random.Random(0)
     for trial in range(2):
         saves = ("--save-every-steps", 1)
-        process = start("--resume", "auto") if trial else start("--epochs", 100_000, *SMALL, *saves)
+        process = start("--resume", "auto", "--device", "cpu") if trial else start("--epochs", 100_000, *SMALL, *saves)
         beyond = step + 2
         wait_for(process, lambda beyond=beyond: reached() > beyond)
         time.sleep(moments.random() / 5)
@@ -246,7 +246,9 @@ def test_a_run_of_two_processes_goes_on_in_one_with_the_mean_of_their_losses(run
 def test_a_full_disk_spares_what_is_there_and_is_said_at_the_end(start, run, tmp_path):
     run("--epochs", 1, *SMALL)
     before = (tmp_path / "model/unet32_e0.pth").read_bytes()
-    process = start("--resume", "auto", "--epochs", 3, file_limit=2**14)  # a checkpoint is larger than 16 KiB
+    process = start(
+        "--resume", "auto", "--epochs", 3, "--device", "cpu", file_limit=2**14
+    )  # a checkpoint is larger than 16 KiB
     out, err = process.communicate()
     assert process.returncode == 1
     assert err.count("could not be saved") == 3  # after two epochs, and in the last line

@@ -11,11 +11,12 @@ from conftest import ROOT
 
 from support import memory
 
-# Page faults of writing blocks that were freed before.
+# Page faults of writing blocks that were freed before; 41 is PR_SET_THP_DISABLE: one huge page would hide many faults.
 COUNT_FAULTS = """
-import resource, sys
+import ctypes, resource, sys
 from support import memory
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
 if sys.argv[1] != "default":
     assert memory.keep_freed_memory()
 def touch():

@@ -347,12 +347,12 @@ def test_few_noise_levels(T, run_script, pictures, monkeypatch):
     "args",
     [
         *(("--curves", "--strip"), ("--curves", "--weights", "x.pth"), ("--t", 3)),
-        *(("--curves", "--images", 3), ("--curves", "--dataset", "leaves")),
+        *(("--curves", "--images", 3), ("--curves", "--dataset", "leaves"), ("--curves", "--device", "cpu")),
     ],
 )
 def test_settings_of_two_figures_are_refused(args, run_script):
     code, _, err = run_script(visualize, *args)
-    assert code == 1 and re.fullmatch(r"error: --(curves|t|images|dataset) .*; (draw|name|give|leave) .*\n", err)
+    assert code == 1 and re.fullmatch(r"error: --(curves|t|images|dataset|device) .*; (draw|name|give|leave) .*\n", err)
 
 
 @pytest.mark.parametrize("module", [evaluate, overfit, visualize])

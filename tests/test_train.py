@@ -295,10 +295,11 @@ def test_the_time_left_is_that_of_steps_not_of_measuring(run, capsys, monkeypatc
     steps = checkpoint.load("model/unet32_e0.pth")["step"]
     assert left == [runs.tqdm.format_interval(2 * steps * epochs) for epochs in (2, 1, 0)]
     state = checkpoint.load("model/unet32_e0.pth")
+    assert [state["log"][0][name] for name in ("images_per_second", "seconds")] == [4 / 2, 2 * steps + 3600]
     for path in Path("model").glob("*.pth"):
         path.unlink()
     checkpoint.save(f"model/unet32_e0_s{steps}.pth", dict(state, log=[]))
-    run("--resume", "auto")
+    run("--resume", "auto", "--device", "cpu")
     assert re.findall(r"epoch \d/3: .*, (\S+) left", capsys.readouterr().out)[0] == "?"
 
 
@@ -313,11 +314,13 @@ def test_tensorboard_and_wandb_are_given_the_newest_row(monkeypatch, tmp_path):
     wandb.Image, wandb.init = str, lambda **_: types.SimpleNamespace(log=note)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    rows = [dict.fromkeys((*loggers.SCALARS, "step"), value) for value in (1, 2)]
+    names = (*loggers.SCALARS, "step")
+    rows = [dict(zip(names, range(first, first + len(names)))) for first in (10, 20)]
     for name in ("tensorboard", "wandb"):
         loggers.start(name, tmp_path, {}).log(rows)
-    scalars = dict.fromkeys(loggers.SCALARS, 2)
-    assert calls == [*(((name, 2, 2), {}) for name in scalars), ((scalars,), {"step": 2})]
+    *values, step = range(20, 20 + len(names))
+    scalars = dict(zip(loggers.SCALARS, values))
+    assert calls == [*(((*scalar, step), {}) for scalar in scalars.items()), ((scalars,), {"step": step})]
     calls.clear()
     Image.new("RGB", (3, 2), "red").save(tmp_path / "grid.png")
     for name in ("tensorboard", "wandb"):
@@ -367,7 +370,7 @@ def test_a_checkpoint_of_other_settings_is_refused(run, flag, value, was):
 def test_a_checkpoint_of_other_images_is_refused(run, pictures, tmp_path):
     run("--epochs", 1, *SMALL)
     moved = shutil.copytree(pictures, tmp_path / "moved")
-    run("--resume", "auto", "--data-dir", moved, "--epochs", 2)
+    run("--resume", "auto", "--data-dir", moved, "--epochs", 2, "--device", "cpu")
     for split in ("train", "test"):
         others = shutil.copytree(pictures, tmp_path / f"other {split}")
         Image.new("RGB", (32, 32)).save(others / split / "0.png")
@@ -402,28 +405,34 @@ def test_a_run_keeps_the_precision_in_which_it_began(run, monkeypatch, capsys):
 
     def seen_forward(self, x, t):
         eps_hat = forward(self, x, t)
-        if torch.is_grad_enabled():
-            seen.add(eps_hat.dtype)
+        seen.add((torch.is_grad_enabled(), eps_hat.dtype))
         return eps_hat
 
     monkeypatch.setattr(unet.UNet, "forward", seen_forward)
     monkeypatch.setattr(devices, "bfloat16_is_fast", lambda: False)
     run("--epochs", 1, "--precision", "bfloat16", *SMALL)
     run("--resume", "auto", "--epochs", 2, "--device", "cpu")
-    assert seen == {torch.bfloat16} and "goes on in bfloat16" in capsys.readouterr().err
+    training, held_out_loss, counting_channels = (True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)
+    assert seen == {training, held_out_loss, counting_channels} and "goes on in bfloat16" in capsys.readouterr().err
     assert checkpoint.load("model/unet32_e1.pth")["model"]["final.weight"].dtype == torch.float32
     with pytest.raises(checkpoint.CheckpointError, match="with --precision bfloat16, not float32"):
         run("--resume", "auto", "--epochs", 3, "--precision", "float32")
 
 
-@pytest.mark.parametrize("of_process_0", [("model/unet32_e0.pth", "same"), (None, "other")])
+@pytest.mark.parametrize(
+    "of_process_0", [("b.pth", "mine", [16, 16]), ("a.pth", "other", [16, 16]), ("a.pth", "mine", [17, 15])]
+)
 def test_processes_that_start_from_different_things_are_refused(monkeypatch, of_process_0):
     """A machine may have other images, or see another --out-dir."""
     monkeypatch.setattr(data, "load", lambda split, cfg: (torch.zeros(16, 3, 32, 32, dtype=torch.uint8), split))
-    monkeypatch.setattr(data, "fingerprint", lambda *splits: "same")
-    world = types.SimpleNamespace(rank=1, first_of_machine=contextlib.nullcontext, agree=lambda mine: of_process_0)
+    monkeypatch.setattr(data, "fingerprint", lambda *splits: "mine")
+    cfg = config.defaults(train.SETTINGS, batch_size=4, resume="a.pth")
+    world = types.SimpleNamespace(rank=1, device="cpu", first_of_machine=contextlib.nullcontext)
+    world.agree = lambda mine: of_process_0
     with pytest.raises(config.UserError, match=r"process 1 finds .* every machine needs the same --data-dir and"):
-        runs.load_images(config.defaults(train.SETTINGS, batch_size=4), world)
+        runs.load_images(cfg, world)
+    world.agree = lambda mine: ("a.pth", "mine", [16, 16])
+    assert len(runs.load_images(cfg, world).train) == 16
 
 
 def test_what_cannot_be_resumed_is_said(run):
@@ -461,7 +470,7 @@ def test_the_weights_that_a_run_started_from_are_needed_at_its_start_alone(run, 
 
 def test_a_run_starts_from_the_weights_of_another(run):
     run("--epochs", 1, *SMALL)
-    run("--init", "model/unet32_e0.pth", "--lr", 0, "--epochs", 1, "--out-dir", "tuned", *SMALL)
+    run("--init", "model/unet32_e0.pth", "--lr", 0, "--recycle", 0, "--epochs", 1, "--out-dir", "tuned", *SMALL)
     first, tuned = checkpoint.load("model/unet32_e0.pth"), checkpoint.load("tuned/unet32_e0.pth")
     assert tuned["step"] == 4 and tuned["config"]["init"] == "model/unet32_e0.pth"
     for name, value in first["model"].items():
@@ -480,11 +489,11 @@ def test_a_run_of_an_earlier_version_goes_on_if_its_network_is_todays(run):
         checkpoint.save(f"{folder}/unet32_e0.pth", state)
         if message:
             with pytest.raises(checkpoint.CheckpointError, match=message):
-                run("--resume", "auto", "--epochs", 2, "--out-dir", folder)
+                run("--resume", "auto", "--epochs", 2, "--out-dir", folder, "--device", "cpu")
         else:
             with pytest.raises(checkpoint.CheckpointError, match="was trained with --noise white, not mixed"):
                 run("--resume", "auto", "--epochs", 2, "--out-dir", folder, "--noise", "mixed")
-            run("--resume", "auto", "--epochs", 2, "--out-dir", folder)
+            run("--resume", "auto", "--epochs", 2, "--out-dir", folder, "--device", "cpu")
             resumed = checkpoint.load(f"{folder}/unet32_e1.pth")
             then = resumed["config"]
             assert resumed["step"] == 8 and then["noise_shares"] == (1 / 3, 1 / 6) and then["recycle"] == 0
