@@ -40,7 +40,7 @@ NOISE_SETTINGS = {
 
 
 def load(split, cfg):
-    """The images of a split ("train" or "test"), uint8 (N, 3, S, S), and a sentence that says where they come from.
+    """The images of a split ("train" or "test"), uint8 (N, 3, S, S), and a phrase that says where they come from.
 
     With cfg.fresh_crops, the training images are Crops. cfg.limit: a fixed random choice. Raises UserError.
     """

@@ -10,10 +10,10 @@ From Python:
     clean = denoise.denoise(image)                         a Pillow image, a NumPy array or a tensor; you get the same
 
 Any size; grey (8 or 16 bits) stays grey; alpha, EXIF data, colour profile and resolution stay where the format has
-them; a picture turned by EXIF is written upright, and JPEG and WebP files with quality 95. Lost are depth beyond 8 bits
-in colour, the transparent grey of 16 bits, the EXIF data of a TIFF, XMP data, comments and other texts, the gamma of a
-PNG, and of an animation all frames but the first. A large picture goes through the network in tiles that give what the
-whole would.
+them; a picture turned by EXIF is written upright, and JPEG and WebP files with quality 95. Not kept: depth beyond 8
+bits in colour, the transparent grey of 16 bits, the EXIF data of a TIFF that is read, XMP data, comments and other
+texts, the gamma of a PNG, and all frames of an animation but the first. A large picture goes through the network in
+tiles that give what the whole would.
 """
 
 import functools

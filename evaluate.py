@@ -43,10 +43,10 @@ SETTINGS = data.TEST_SETTINGS | checkpoint.SETTINGS | devices.SETTINGS | {
 }  # fmt: skip
 MEASURES = (
     "The noise is the same for every level, method and run. PSNR and SSIM are those of images clipped to the valid "
-    'range, on the 0-255 scale; so is sigma. Every "±" is a 95% interval over images, 1.96 standard errors.'
+    'range; they and sigma are on the 0-255 scale. Every "±" is a 95% interval over images, 1.96 standard errors.'
 )
 WHOLE_LEVELS = (5, 10, 15, 25, 50)  # sigma of whole pictures, on the 0-255 scale
-TOLD = {"1": 1, "2": 2, "estimated": None}  # sigma that the network is told of pictures without noise
+TOLD = {"1": 1, "2": 2, "estimated": None}  # sigma that the network is told for pictures without noise
 
 
 def plan(cfg, networks):
@@ -80,7 +80,7 @@ def evaluate_images(cfg, networks, knows_level, images):
 
 
 def evaluate_pictures(cfg, networks, pictures):
-    """The tables for whole pictures, see data.whole_pictures. networks: {name: denoise.Network}, as for images."""
+    """The tables for whole pictures, see data.whole_pictures. networks: {name: denoise.Network}, names as in `plan`."""
     every, network = len(pictures), networks["network"]
     sizes = [tuple(read().shape[1:]) for read in pictures]
     for net, size in itertools.product(networks.values(), sizes):
@@ -131,7 +131,7 @@ def held_out_pictures(cfg):
 
 
 def held_out_images(cfg, pictures):
-    """uint8 images of one size, and a sentence that says where they come from. Of whole `pictures`: cut from them."""
+    """uint8 images of one size, and a phrase that says where they come from. Of whole `pictures`: cut from them."""
     if not pictures:
         images, source = data.load("test", cfg)
         # In an order in which the first few are a fair sample, of any folder.

@@ -49,7 +49,7 @@ SETTINGS = data.SETTINGS | unet.SETTINGS | data.NOISE_SETTINGS | {
     "batch_size":          Setting(32, whole(), "images per update, over all ranks together"),
     "lr":                  Setting(4e-4, real(0, 1000), "peak learning rate"),
     "beta2":               Setting(0.95, real(0, 0.999999), "AdamW's decay of the squared gradient; beta1 is 0.9"),
-    "recycle":             Setting(3, whole(0), "first epochs to begin with new kernels for channels not in use"),
+    "recycle":             Setting(3, whole(0), "how many first epochs begin with new kernels for unused channels"),
     "weight_decay":        Setting(0.01, real(0), "decoupled weight decay"),
     "warmup_steps":        Setting(100, whole(0), "updates over which the learning rate rises linearly from 0"),
     "schedule":            Setting("linear", ("linear", "cosine", "constant"),

@@ -86,11 +86,11 @@ class UNet(nn.Module):
         dtype = self.time_mlp[0].weight.dtype
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round t to 8 significant bits
             t_emb = self.time_mlp(self.t_scale * t.to(dtype)[:, None])  # (B, t_dim)
-        e1 = self.enc1(x, t_emb)  # (B, 64, H, W)
-        e2 = self.enc2(self.pool1(e1), t_emb)  # (B, 128, H/2, W/2)
-        h = self.bottleneck(self.pool2(e2), t_emb)  # (B, 256, H/4, W/4)
-        h = self.dec1(torch.cat([self.up1(h), e2], dim=1), t_emb)  # (B, 128, H/2, W/2)
-        h = self.dec2(torch.cat([self.up2(h), e1], dim=1), t_emb)  # (B, 64, H, W)
+        e1 = self.enc1(x, t_emb)  # (B, w1, H, W)
+        e2 = self.enc2(self.pool1(e1), t_emb)  # (B, w2, H/2, W/2)
+        h = self.bottleneck(self.pool2(e2), t_emb)  # (B, w3, H/4, W/4)
+        h = self.dec1(torch.cat([self.up1(h), e2], dim=1), t_emb)  # (B, w2, H/2, W/2)
+        h = self.dec2(torch.cat([self.up2(h), e1], dim=1), t_emb)  # (B, w1, H, W)
         return self.final(h)  # (B, C, H, W)
 
 
@@ -119,11 +119,11 @@ class PlainUNet(nn.Module):
         Raises ValueError for any other H or W.
         """
         check_size(x)
-        e1 = self.enc1(x)  # (B, 64, H, W)
-        e2 = self.enc2(self.pool1(e1))  # (B, 128, H/2, W/2)
-        h = self.bottleneck(self.pool2(e2))  # (B, 256, H/4, W/4)
-        h = self.dec1(torch.cat([self.up1(h), e2], dim=1))  # (B, 128, H/2, W/2)
-        h = self.dec2(torch.cat([self.up2(h), e1], dim=1))  # (B, 64, H, W)
+        e1 = self.enc1(x)  # (B, w1, H, W)
+        e2 = self.enc2(self.pool1(e1))  # (B, w2, H/2, W/2)
+        h = self.bottleneck(self.pool2(e2))  # (B, w3, H/4, W/4)
+        h = self.dec1(torch.cat([self.up1(h), e2], dim=1))  # (B, w2, H/2, W/2)
+        h = self.dec2(torch.cat([self.up2(h), e1], dim=1))  # (B, w1, H, W)
         return self.final(h)  # (B, C, H, W)
 
 

@@ -33,7 +33,7 @@ def check_choice(cfg):
     if cfg.curves and cfg.weights:
         raise UserError("--curves draws the log of a run; name its folder with --out-dir, not --weights")
     if cfg.curves:
-        unused = data.TEST_SETTINGS.keys() | {"images"}
+        unused = data.TEST_SETTINGS.keys() | {"images", "device"}
         config.refuse(cfg, unused, "does nothing to the curves of a run; leave it out")
     if "t" in cfg.given and not cfg.strip:
         raise UserError("--t is the noise level of the strip; give --strip too")

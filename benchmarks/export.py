@@ -25,7 +25,7 @@ SETTINGS = {
     "weights": Setting(None, config.file_name, "checkpoint of train.py; None: the newest in out_dir"),
     "out_dir": Setting("model", config.file_name, "folder of the run, where no --weights are named"),
     "output": Setting(REQUIRED, name_ending(".pth"), "file to write, which must not exist", flag="-o"),
-    "command": Setting(None, config.file_name, "the command that trained them; None: as their settings say"),
+    "command": Setting(None, str, "the command that trained them; None: as their settings say"),
     "dataset": Setting("auto", data.SETTINGS["dataset"].kind, "held-out images to measure on; auto: those of the run"),
     "data_dir": Setting(None, config.file_name, "folder of these images; None: that of the run, or data"),
     "device": devices.SETTINGS["device"],
@@ -73,9 +73,9 @@ def main():
     files.refuse_existing(cfg.output)
     script.make_folder(Path(cfg.output).parent)
     path = cfg.weights or checkpoint.newest(cfg.out_dir)
-    state = checkpoint.load(path, needs=("log", "data"), settings=train.SETTINGS)
-    if not state["log"]:
-        raise UserError(f"{path} was saved inside the first epoch; export one of a finished epoch")
+    state = checkpoint.load(path, needs=("log", "data", "step"), settings=train.SETTINGS)
+    if not state["log"] or state["step"] > state["log"][-1]["step"]:
+        raise UserError(f"{path} was saved inside an epoch; export one of a finished epoch")
     saved, last = state["config"], state["log"][-1]
     if not cfg.command and (missing := run.CHANGED.keys() - saved.keys()):
         raise UserError(f"{path} does not say its {' and '.join(sorted(missing))}; give --command, what trained it")

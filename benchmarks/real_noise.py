@@ -18,7 +18,7 @@ from support import devices, metrics, pixels, script
 SETTINGS = data.PICTURE_SETTINGS | devices.SETTINGS | {
     "weights": Setting(("model/unet32.pth", "model/photo.pth"), config.file_name, "checkpoints to compare", "+"),
     "sigma": Setting(20, positive, "level of the noise, 0-255 scale"),
-    "grey": Setting(False, bool, "make the pictures grey first: one channel, and no noise that is about colours"),
+    "grey": Setting(False, bool, "make the pictures grey first: one channel, and no noise that needs three"),
 }  # fmt: skip
 
 

@@ -98,11 +98,15 @@ def draw(path, textbook, curves):
     figures.save(figure, path)
 
 
+def is_contender(pair):
+    return isinstance(pair, tuple) and len(pair) == 2 and callable(pair[0]) and isinstance(pair[1], dict)
+
+
 def contenders_of(path):
     """CONTENDERS, and those that the Python file `path` defines, if there is one. Raises UserError."""
     found = runpy.run_path(path).get("CONTENDERS") if path else {}
     pairs = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(pair, tuple) and [*map(type, pair[1:])] == [dict] and callable(pair[0]) for pair in pairs):
+    if not all(map(is_contender, pairs)):
         raise UserError(f'{path} must define CONTENDERS = {{"name": (factory, settings)}}')
     for name, (_, settings) in found.items():
         for key, value in settings.items():

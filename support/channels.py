@@ -51,8 +51,9 @@ def recycle(model, optimizer, x_t, t, random):
 
     Dormant neurons are recycled as in Sokar et al. 2023 (arXiv 2302.12902), but the new channel starts small instead of
     with outgoing weights of zero, since it shares these with the shortcut: its output has STRENGTH times the standard
-    deviation of the shortcut's, and the mean of it is taken out of the shortcut's bias. The optimizer forgets what it
-    knew of the old kernel. x_t, t: noisy images to measure on; random: a CPU generator for the kernels.
+    deviation of the shortcut's, and the mean of it is taken out of the shortcut's bias, where there is one. The
+    optimizer forgets what it knew of the old kernel. x_t, t: noisy images to measure on; random: a CPU generator for
+    the kernels.
     """
     blocks = [block for block in model.modules() if isinstance(block, ResidualBlock)]
     return sum(recycle_block(model, block, optimizer, x_t, t, random) for block in blocks)

@@ -31,7 +31,7 @@ def must(fits, entry, what):
 
 
 def check(state, settings):
-    """Check all entries but the optimizer, and its settings against those of `settings` that it has. Raises Wrong."""
+    """Check all entries but the optimizer; the config against `settings`, where it has them. Raises Wrong."""
     check_config(state["config"], settings)
     must(isinstance(state["model"], dict), "model", "a dict of tensors")
     for name, value in state["model"].items():

@@ -27,11 +27,11 @@ STEPS = (1, 2, 3, 5, 10, 20, 50)  # of the perception-distortion curve, as far a
 class Job(NamedTuple):
     """A method to measure at one noise level."""
 
-    method: str  # as in Record
+    method: str  # this, steps and sampler: as in Record
     t: float  # the network's time step of the level
     denoisers: list  # settings of the method, of which the best by PSNR counts; [None]: the clean images themselves
-    steps: int = 0  # of the sampler; 0: there is none
-    sampler: str = ""  # one of diffusion.SAMPLERS, or ""
+    steps: int = 0
+    sampler: str = ""
     count: Any = None  # images, the first ones; None: all
 
 

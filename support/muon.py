@@ -53,7 +53,7 @@ class Muon(torch.optim.AdamW):
             p.grad = None  # AdamW passes over it
 
     def momentum(self, p):
-        if not self.state[p]:  # AdamW, when it loads a state, expects a step in each
+        if not self.state[p]:  # step: not used here, but checkpoints have it, as AdamW's have
             self.state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
         return self.state[p]["momentum"]
 

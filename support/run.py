@@ -1,4 +1,4 @@
-"""A training run outside its arithmetic: its folder, resuming, checkpoints, the log, the progress bar, figures.
+"""A training run apart from its arithmetic: its folder, resuming, checkpoints, the log, the progress bar, figures.
 
 cfg, saved, folder = begin(cfg, SETTINGS)
 run = Run(cfg, world, model, optimizer, images, folder, signals)
@@ -306,7 +306,7 @@ class Run:
             checkpoint.save(path, state)
         except OSError as error:
             self.unsaved = f"{path} could not be saved ({files.reason(error)})"
-            world.warn(f"{self.unsaved}; training goes on, the next save tries again")
+            world.warn(f"{self.unsaved}; the next save, if there is one, tries again")
             return False
         world.say(f"model saved: {path}")
         delete(old for old in self.folder.obsolete if old != path)

@@ -84,7 +84,7 @@ def explain(error):
 
 
 def result_path(out_dir, name):
-    """out_dir/res/name, its folder made. Raises UserError or OSError before the work, not after it."""
+    """out_dir/res/name, whose folder is made, see make_folder."""
     folder = Path(out_dir) / "res"
     make_folder(folder)
     return folder / name

@@ -93,7 +93,7 @@ def several_steps(records, count):
             values = [record.values[key] for key in METRICS] + [record.values["psnr"] - walk[0].values["psnr"]]
             sharpness = [interval(record.values[band], clean.values[band]) for band in BANDS]
             rows.append([record.sigma, record.t, record.sampler, record.steps, *map(interval, values), *sharpness])
-    title = "Several steps (Heun's method calls the network twice in each), the gain on one step, and sharpness: "
+    title = "Several steps (Heun's method calls the network twice in each), the gain over one step, and sharpness: "
     title += "power in bands of frequencies / the clean images'"
     return dict(title=f"{title}, {clean.count:,} images", columns=columns, rows=rows)
 

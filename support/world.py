@@ -119,7 +119,7 @@ class World(NamedTuple):
         except Exception as error:  # no C++ compiler, no Triton, a GPU too old: each raises its own kind
             torch.compiler.set_stance("force_eager")
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            self.warn(f"the network cannot be compiled here ({reason[0]}); training without")
+            self.warn(f"the network cannot be compiled here ({reason[0]}); it trains uncompiled")
         model.zero_grad()
         for buffer, before in zip(model.buffers(), buffers):  # BatchNorm has seen them
             buffer.copy_(before)
