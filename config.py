@@ -143,6 +143,14 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
+def words_of(name, value):
+    """A setting as it is typed: ["--widths", "64", "128", "256"], ["--no-compile"]."""
+    flag = flag_of(name)
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+
+
 def defaults(settings, /, **values):
     """The settings at their defaults but for `values`, frozen: for use from Python."""
     values = {key: setting.default for key, setting in settings.items()} | values

@@ -42,13 +42,8 @@ def command(saved):
     foreign = {key for name, module in DATASETS.items() if name != saved["dataset"] for key in module.SETTINGS}
     for name, value in saved.items():
         value = config.as_tuple(value)
-        if name not in usual or name in foreign | {"data_dir"} or value == usual[name]:
-            continue
-        flag = config.flag_of(name)
-        if isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+        if name in usual.keys() - foreign - {"data_dir"} and value != usual[name]:
+            flags += config.words_of(name, value)
     return shlex.join(["python", "train.py", *flags])
 
 

@@ -87,10 +87,10 @@ def settings_of(saved, cfg, settings):
     for name in cfg.given & values.keys() - MAY_CHANGE:
         typed = getattr(cfg, name)
         if typed not in ("auto", values[name]):
-            flag = config.flag_of(name)
+            then, now = (" ".join(config.words_of(name, value)) for value in (values[name], typed))
             raise checkpoint.CheckpointError(
-                f"{cfg.resume} was trained with {flag} {values[name]}, not {typed}; "
-                f"leave {flag} out to go on with it, or start anew in another --out-dir"
+                f"{cfg.resume} was trained with {then}; "
+                f"leave {now} out to go on with it, or start anew in another --out-dir"
             )
     typed = {name for name in cfg.given & MAY_CHANGE if getattr(cfg, name) != "auto"}
     return dataclasses.replace(cfg, **{name: value for name, value in values.items() if name not in typed})
