@@ -118,10 +118,15 @@ def test_flags_go_before_presets_and_presets_before_defaults(capsys):
         cfg.size = 8
 
 
-def test_the_default_and_the_textbook_recipe():
+def test_the_recipes_are_those_of_the_documents():
     expected = {
         "default": dict(optimizer="muon", lr=4e-4, batch_size=32, epochs=10, recycle=3, noise_steps=10, noise="white"),
         "reference": dict(optimizer="adamw", lr=2e-4, batch_size=8, epochs=20, schedule="cosine", flip=False),
+        "photographs": dict(
+            **dict(dataset="folder", fresh_crops=True, crop_size=96, batch_size=8, augment=True, noise="mixed"),
+            **dict(noise_shares=(0.25, 0.1), sigma_range=(1, 75), sigma_power=0.75, init="model/unet32.pth"),
+            **dict(crops_per_image=48, epochs=16, lr=4e-4),
+        ),
     }
     for name, values in expected.items():
         cfg = config.parse("", train.SETTINGS, train.PRESETS, ["--preset", name])
