@@ -196,7 +196,7 @@ def test_both_loops_print_what_speed_reads(run, pictures, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_rates_of_matrix_products_and_of_inference(monkeypatch):
     cpu = torch.device("cpu")
-    assert 0 < speed.calls_a_second(lambda: time.sleep(0.005), seconds=0.05) < 1 / 0.005
+    assert 1 / 0.2 < speed.calls_a_second(lambda: time.sleep(0.005), seconds=0.05) < 1 / 0.005
     monkeypatch.setattr(unet, "UNet", tiny)
     monkeypatch.setattr(speed, "calls_a_second", lambda f: 3.0 if f() is not None else 0)
     assert speed.matrix_rate("bfloat16", cpu) == 3 * 2 * 2048**3

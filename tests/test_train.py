@@ -398,9 +398,10 @@ def test_only_what_makes_no_other_run_may_change():
             found = runs.settings_of(saved, cfg, train.SETTINGS)
             assert getattr(found, name) == "typed" and found.seed == 7
         else:
-            with pytest.raises(
-                checkpoint.CheckpointError, match=f"trained with --(no-)?{name.replace('_', '-')}.*; leave --"
-            ):
+            flag = name.replace("_", "-")
+            was = train.SETTINGS[name].default
+            then = f"--{'' if was else 'no-'}{flag};" if isinstance(was, bool) else f"--{flag} "
+            with pytest.raises(checkpoint.CheckpointError, match=f"trained with {then}.*leave --{flag} typed out"):
                 runs.settings_of(saved, cfg, train.SETTINGS)
 
 
