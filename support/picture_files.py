@@ -2,6 +2,7 @@
 
 import io
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from support import files, pictures
 
 DEEP = {".jp2", ".pgm", ".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
 LOSSY = pictures.JPEG | {".webp"}
-PNG_LEVEL = 4  # of zlib: the default, 6, takes three times as long for files that are 2% smaller
+PNG_STRATEGY = zlib.Z_RLE  # for photographs as small as the default, in a third of the time or less
 OPAQUE = {".bmp", ".pgm", ".ppm"}  # endings of files that drop the transparency of colours; others have it or refuse
 WITH_METADATA = pictures.JPEG | {".png", ".tif", ".tiff", ".webp"}  # of files that keep profile and EXIF data
 METADATA = {"icc_profile": "colour profile", "exif": "EXIF data"}  # {key in an image's info: its name}
@@ -111,7 +112,7 @@ def options_for(image, path):
     ending = path.suffix.lower()
     options = {"format": Image.registered_extensions()[ending]}
     options |= {"quality": 95, "subsampling": 0} if ending in LOSSY else {}
-    options |= {"compress_level": PNG_LEVEL} if options["format"] == "PNG" else {}
+    options |= {"compress_type": PNG_STRATEGY} if options["format"] == "PNG" else {}
     sides = (image.width, min(image.height, 16)), (min(image.width, 16), image.height)
     strips = [bare(image.crop((0, 0, *size)), path) for size in sides]
     for strip in strips:
