@@ -99,7 +99,7 @@ def main():
     cfg = config.parse(__doc__, SETTINGS)
     if gr is None:
         raise UserError("Gradio is not installed; run pip install -r requirements-demo.txt")
-    memory.keep_freed_memory()
+    memory.keep_freed_memory(of_any_size=True)
     network = denoise.load(cfg.weights, cfg.device, cfg.precision)
     font = ["system-ui", "sans-serif"]  # of the machine: others would be fetched from the network
     with tempfile.TemporaryDirectory() as folder:

@@ -123,9 +123,9 @@ def grey(model, T, gain):
     sqrt(3), the one direction in which there is noise, its level is sqrt(3) sigma.
     """
 
-    def eps_hat(x, t):
+    def eps_hat(x, t, **options):
         told = t_of(gain * sigma_of(t, T), T)
-        return gain * model(x.expand(-1, 3, -1, -1), told).mean(dim=1, keepdim=True)
+        return gain * model(x.expand(-1, 3, -1, -1), told, **options).mean(dim=1, keepdim=True)
 
     return eps_hat
 

@@ -61,10 +61,13 @@ class UNet(nn.Module):
     embedding. noise_steps: T; the embedding sees 10 t / T, so that its range is the same for every T.
     """
 
+    takes_inner = True  # a network without this attribute is taken to compute the whole, always
+
     def __init__(self, image_channels=3, widths=(64, 128, 256), t_dim=256, blocks=1, noise_steps=10):
         super().__init__()
         w1, w2, w3 = widths
         self.t_scale = 10 / noise_steps
+        self.reach = 8 * blocks  # pixels: an output of the decoder depends on nothing farther away; a multiple of 4
         self.time_mlp = nn.Sequential(nn.Linear(1, t_dim), nn.ReLU(), nn.Linear(t_dim, t_dim))
         self.enc1 = Stage(image_channels, w1, t_dim, blocks)
         self.pool1 = nn.MaxPool2d(2)
@@ -77,21 +80,42 @@ class UNet(nn.Module):
         self.dec2 = Stage(w1 + w1, w1, t_dim, blocks)
         self.final = nn.Conv2d(w1, image_channels, 1)
 
-    def forward(self, x, t):
+    def forward(self, x, t, inner=None):
         """x: noisy images (B, C, H, W), H and W multiples of 4; t: time steps (B,), integer or float.
 
-        Returns the predicted noise, (B, C, H, W). Raises ValueError for any other H or W.
+        Returns the predicted noise, (B, C, H, W). inner: slices of its rows and columns, if no others are needed, which
+        saves time: far from them it is 0; their bounds are multiples of 4. Raises ValueError for any other H or W.
         """
         check_size(x)
         dtype = self.time_mlp[0].weight.dtype
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round t to 8 significant bits
             t_emb = self.time_mlp(self.t_scale * t.to(dtype)[:, None])  # (B, t_dim)
+        features = self.encode(x, t_emb)
+        if inner is None:
+            return self.decode(features, t_emb)
+        near = [slice(max(side.start - self.reach, 0), side.stop + self.reach) for side in inner]
+        features = [crop(f, near, scale) for f, scale in zip(features, (1, 2, 4), strict=True)]
+        eps_hat = torch.zeros_like(x)
+        eps_hat[(..., *near)] = self.decode(features, t_emb)
+        return eps_hat
+
+    def encode(self, x, t_emb):
         e1 = self.enc1(x, t_emb)  # (B, w1, H, W)
         e2 = self.enc2(self.pool1(e1), t_emb)  # (B, w2, H/2, W/2)
         h = self.bottleneck(self.pool2(e2), t_emb)  # (B, w3, H/4, W/4)
-        h = self.dec1(torch.cat([self.up1(h), e2], dim=1), t_emb)  # (B, w2, H/2, W/2)
-        h = self.dec2(torch.cat([self.up2(h), e1], dim=1), t_emb)  # (B, w1, H, W)
+        return [e1, e2, h]
+
+    def decode(self, features, t_emb):
+        h = features.pop()  # the list is used up, so that no feature is kept in memory longer than it is needed
+        h = self.dec1(torch.cat([self.up1(h), features.pop()], dim=1), t_emb)  # (B, w2, H/2, W/2)
+        h = self.dec2(torch.cat([self.up2(h), features.pop()], dim=1), t_emb)  # (B, w1, H, W)
         return self.final(h)  # (B, C, H, W)
+
+
+def crop(features, sides, scale):
+    """The part of features (B, ..., H / scale, W / scale) that belongs to two slices of an image's rows and columns."""
+    rows, columns = (slice(side.start // scale, side.stop // scale) for side in sides)
+    return features[..., rows, columns]
 
 
 class PlainUNet(nn.Module):

@@ -1,4 +1,4 @@
-"""Memory: what a training step frees is kept for the next step, and running out of it is reported in words."""
+"""Memory: what a step of training, or a tile, frees is kept for the next, and running out of it is put into words."""
 
 import ctypes
 import platform
@@ -6,24 +6,26 @@ import re
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 # What PyTorch says then in a plain RuntimeError: its allocators, oneDNN, and CUDA and its libraries.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator|MPS backend out of memory|could not create a (primitive|memory object)$|std::bad_alloc|"
     "CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
 )
-LARGEST_THRESHOLD = 32 * 2**20  # bytes, above which memory is not kept; mallopt refuses more
+LARGEST_THRESHOLD = 32 * 2**20  # bytes; mallopt refuses more
 
 
-def keep_freed_memory():
+def keep_freed_memory(of_any_size=False):
     """Ask glibc not to return freed memory to the system, which would hand it out again page by page, zeroed.
 
-    Blocks above LARGEST_THRESHOLD are still returned at once. Returns whether it took effect: Linux with glibc only.
+    of_any_size: whether blocks above LARGEST_THRESHOLD are kept too, among the smaller ones: for large pictures, since
+    training is slower so. Returns whether it took effect: Linux with glibc only.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    returned = (M_MMAP_MAX, 0) if of_any_size else (M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+    return bool(mallopt(*returned) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def out_of_memory(error):

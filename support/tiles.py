@@ -68,25 +68,27 @@ def tiled(model, size, margin):
 
     def run(x, t):
         eps_hat = torch.empty_like(x)
-        by_tiles(lambda part: model(part, t), x, eps_hat, size, margin)
+        by_tiles(lambda part, _: model(part, t), x, eps_hat, size, margin)
         return eps_hat
 
     return run
 
 
 def by_tiles(f, source, target, size, margin):
-    """target = f(source) for tensors (..., H, W), where f sees at most size x size pixels at a time.
+    """target = f(source, inner) for tensors (..., H, W), where f sees at most size x size pixels at a time.
 
-    Of what f returns, `margin` pixels along every cut are dropped. If an output depends on nothing farther away, and
-    on the position only modulo MULTIPLE, the tiles make no difference. size, margin: multiples of MULTIPLE; a margin
-    of math.inf means no tiles, a larger one than size / 4 larger tiles. f keeps height and width.
+    Of what f returns, `inner` is used, two slices of rows and columns: all but `margin` pixels along every cut. If an
+    output depends on nothing farther away, and on the position only modulo MULTIPLE, the tiles make no difference.
+    size, margin: multiples of MULTIPLE; a margin of math.inf means no tiles, a larger one than size / 4 larger tiles.
+    f keeps height and width.
     """
     rows, columns = (spans(length, size, margin) for length in source.shape[-2:])
     tiles = list(itertools.product(rows, columns))
     for (top, bottom), (left, right) in tqdm(tiles, "tiles", delay=2, leave=False, disable=len(tiles) == 1):
         y, x = max(top - margin, 0), max(left - margin, 0)
-        part = f(source if len(tiles) == 1 else source[..., y : bottom + margin, x : right + margin])
-        target[..., top:bottom, left:right] = part[..., top - y : bottom - y, left - x : right - x]
+        part = source if len(tiles) == 1 else source[..., y : bottom + margin, x : right + margin]
+        inner = slice(top - y, bottom - y), slice(left - x, right - x)
+        target[..., top:bottom, left:right] = f(part, inner)[(..., *inner)]
 
 
 def spans(length, size, margin):

@@ -115,7 +115,7 @@ def test_parts_are_the_fewest_that_fit():
     assert tiles.spans(5000, 64, math.inf) == [(0, 5000)]
 
 
-@pytest.mark.parametrize("channels, steps", [(3, 1), (3, 2), (1, 2)])
+@pytest.mark.parametrize("channels, steps", [(3, 1), (1, 1), (3, 2), (1, 2)])
 def test_tiles_make_no_difference(channels, steps, small_unet, monkeypatch):
     noisy = torch.from_numpy(noise(channels, 134, 158, dtype=np.uint16))
 
@@ -126,6 +126,26 @@ def test_tiles_make_no_difference(channels, steps, small_unet, monkeypatch):
     whole = run(1000)
     assert (run(96) - whole).abs().max() <= 1e-3 * 65535 / 2
     assert (run(96, margin=12) - whole).abs().max() > 1e-3 * 65535 / 2  # margins too narrow would be seen
+
+
+@pytest.mark.parametrize(
+    "takes_inner, channels, ensemble, decoded",
+    [
+        (True, 3, 1, [96, 80, 80, 96]),
+        (True, 1, 1, [96, 80, 80, 96]),
+        (True, 3, 2, [112] * 8),
+        (False, 3, 1, [112] * 4),
+    ],
+)
+def test_margins_are_not_decoded(takes_inner, channels, ensemble, decoded, small_unet, monkeypatch):
+    monkeypatch.setattr(denoise, "TILE", {"float32": 112})  # 304 = 88 + 64 + 64 + 88 pixels, with margins of 24
+    monkeypatch.setattr(unet.UNet, "takes_inner", takes_inner)
+    widths = []
+    hook = small_unet.final.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[3]))
+    noisy = torch.from_numpy(noise(channels, 64, 304))
+    denoise.denoise_pixels(network(small_unet, 24), noisy, 38.25, ensemble=ensemble)
+    hook.remove()
+    assert widths == decoded
 
 
 def test_a_network_that_cannot_be_tiled_sees_the_whole(monkeypatch):

@@ -18,7 +18,7 @@ from support import memory
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
 if sys.argv[1] != "default":
-    assert memory.keep_freed_memory()
+    assert memory.keep_freed_memory(of_any_size=sys.argv[1] == "any")
 def touch():
     blocks = [bytearray(int(sys.argv[2])) for _ in range(5)]
     for block in blocks:
@@ -40,6 +40,7 @@ def test_freed_memory_is_used_again():
         return int(done.stdout)
 
     assert faults("keep", 4 * 2**20) < 0.1 * faults("default", 4 * 2**20)
+    assert faults("any", 40 * 2**20) < 0.1 * faults("keep", 40 * 2**20)
 
 
 @pytest.mark.parametrize("system, libc", [("Darwin", ""), ("Windows", ""), ("Linux", "musl")])

@@ -143,6 +143,19 @@ def test_more_blocks_contain_the_network_of_one():
     torch.testing.assert_close(three(x, t), one(x, t))
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("rows, columns", [((0, 96), (0, 96)), ((0, 8), (40, 44)), ((36, 60), (92, 96))])
+def test_what_is_needed_comes_out_as_in_the_whole(blocks, rows, columns):
+    torch.manual_seed(0)
+    model = UNet(widths=(4, 8, 8), t_dim=4, blocks=blocks).double()
+    x, t = torch.randn(2, 3, 96, 96, dtype=torch.float64), torch.tensor([1, 9])
+    inner = slice(*rows), slice(*columns)
+    whole, eps_hat = model(x, t), model(x, t, inner)
+    assert torch.allclose(eps_hat[(..., *inner)], whole[(..., *inner)], rtol=0, atol=1e-12)
+    near = [range(max(start - 8 * blocks, 0), min(end + 8 * blocks, 96)) for start, end in (rows, columns)]
+    assert eps_hat.count_nonzero() == 2 * 3 * len(near[0]) * len(near[1])  # no work elsewhere
+
+
 @pytest.mark.parametrize("model", ["unet", "plain"])
 def test_a_network_is_built_from_what_describes_it(model):
     cfg = config.defaults(unet.SETTINGS, model=model, widths=(4, 6, 8), t_dim=8, blocks=2, noise_steps=20)
