@@ -150,7 +150,7 @@ def denoise_pixels(network, noisy, sigma=None, strength=1, steps=1, ensemble=1):
     # Tiles in tiles: the outer ones, up to three times as wide or four of their margins (every step adds one), bound
     # the memory of a whole denoising, the inner ones that of a call of the network. With one step they coincide.
     in_tiles = tiles.tiled(diffusion.self_ensemble(model, ensemble), size, margin)
-    once = steps == ensemble == 1 and getattr(network.model, "takes_inner", False)
+    once = steps == ensemble == 1 and getattr(network.model, "takes_inner", False)  # then no margin need be decoded
 
     def denoise_part(part, inner):
         predict = functools.partial(model, inner=inner) if once else in_tiles

@@ -120,7 +120,7 @@ def grey(model, T, gain):
 
     A grey image is a colour image of three equal channels, which share their noise. A model that was trained on such
     noise too is told its level: gain 1. One that knows only independent noise needs gain sqrt(3): along (1, 1, 1) /
-    sqrt(3), the one direction in which there is noise, its level is sqrt(3) sigma.
+    sqrt(3), the one direction in which there is noise, its level is sqrt(3) sigma. Other arguments reach the model.
     """
 
     def eps_hat(x, t, **options):

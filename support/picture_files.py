@@ -13,7 +13,7 @@ from support import files, pictures
 
 DEEP = {".jp2", ".pgm", ".png", ".tif", ".tiff"}  # endings of files that keep 16 bits
 LOSSY = pictures.JPEG | {".webp"}
-PNG_STRATEGY = zlib.Z_RLE  # for photographs as small as the default, in a third of the time or less
+PNG_STRATEGY = zlib.Z_RLE  # for photographs, files about as small as by default, in a third of the time
 OPAQUE = {".bmp", ".pgm", ".ppm"}  # endings of files that drop the transparency of colours; others have it or refuse
 WITH_METADATA = pictures.JPEG | {".png", ".tif", ".tiff", ".webp"}  # of files that keep profile and EXIF data
 METADATA = {"icc_profile": "colour profile", "exif": "EXIF data"}  # {key in an image's info: its name}
