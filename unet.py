@@ -83,8 +83,9 @@ class UNet(nn.Module):
     def forward(self, x, t, inner=None):
         """x: noisy images (B, C, H, W), H and W multiples of 4; t: time steps (B,), integer or float.
 
-        Returns the predicted noise, (B, C, H, W). inner: slices of its rows and columns, if no others are needed, which
-        saves time: far from them it is 0; their bounds are multiples of 4. Raises ValueError for any other H or W.
+        Returns the predicted noise, (B, C, H, W). inner: two slices, of its rows and its columns, if no others are
+        needed; far from them it is 0, which saves time. Their bounds are multiples of 4, or among the last 4 of x.
+        Raises ValueError for any other H or W.
         """
         check_size(x)
         dtype = self.time_mlp[0].weight.dtype
@@ -100,13 +101,15 @@ class UNet(nn.Module):
         return eps_hat
 
     def encode(self, x, t_emb):
+        """The features [e1, e2, h] of noisy images, at full, half and quarter resolution."""
         e1 = self.enc1(x, t_emb)  # (B, w1, H, W)
         e2 = self.enc2(self.pool1(e1), t_emb)  # (B, w2, H/2, W/2)
         h = self.bottleneck(self.pool2(e2), t_emb)  # (B, w3, H/4, W/4)
         return [e1, e2, h]
 
     def decode(self, features, t_emb):
-        h = features.pop()  # the list is used up, so that no feature is kept in memory longer than it is needed
+        """The predicted noise from a list of features, which is used up: none is kept longer than it is needed."""
+        h = features.pop()
         h = self.dec1(torch.cat([self.up1(h), features.pop()], dim=1), t_emb)  # (B, w2, H/2, W/2)
         h = self.dec2(torch.cat([self.up2(h), features.pop()], dim=1), t_emb)  # (B, w1, H, W)
         return self.final(h)  # (B, C, H, W)

@@ -24,8 +24,8 @@ def keep_freed_memory(of_any_size=False):
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    returned = (M_MMAP_MAX, 0) if of_any_size else (M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
-    return bool(mallopt(*returned) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    large_blocks = (M_MMAP_MAX, 0) if of_any_size else (M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+    return bool(mallopt(*large_blocks) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def out_of_memory(error):
